@@ -220,11 +220,8 @@ def measure(folder: Path, encoder: Any | None) -> PromptCounts:
 
 
 def lengths_of(path: Path, encoder: Any) -> list[int]:
-    """Tokens of each of the file's prompts, as rendered for generation. Raises DataError for one that does not fit.
-
-    Encoded in batches: a tokenizer's own record of a text is many times larger than the text.
-    """
-    lengths: list[int] = []
+    """Tokens of each of the file's prompts, as rendered for generation. Raises DataError for one that does not fit."""
+    lengths: list[int] = []  # encoded in batches: a tokenizer's own record of a text is many times larger than the text
     for rows in read_groups(path, prompt_columns(path)):
         for start in range(0, rows.num_rows, BATCH):
             lengths += map(len, encoder.encode(prompts_from(rows.slice(start, BATCH)), for_drawing=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,33 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     return load_file(path) if path.is_file() else {}
 
 
+@dataclass(frozen=True)
+class StartReference:
+    """Where an initial language model is: an absolute path with the hash of its files, or a hub name at a commit."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+
+    @property
+    def on_hub(self) -> bool:
+        return self.fingerprint.startswith("hub:")
+
+    def write(self, folder: Path) -> None:
+        dump_json(folder / REFERENCE, asdict(self))
+
+
+def read_reference(start: Path) -> StartReference | None:
+    """The reference that a start folder holds; None where the folder holds the weights themselves."""
+    path = start / REFERENCE
+    if not path.is_file():
+        return None
+    reference = StartReference(**json.loads(path.read_text(encoding="utf-8")))
+    if reference.name.startswith(".."):  # relative to the start folder
+        return replace(reference, name=str((start / reference.name).resolve()))
+    return reference
+
+
 # -- publishing --------------------------------------------------------------------------------------------------------
 
 
@@ -86,20 +114,20 @@ def publish_files(folder: Path, start: Path, out: Path, tokenizer: str | None) -
 
 def weights_of(folder: Path) -> Path:
     """The folder of a committed model's files: its own, or the one that the start's reference names."""
-    if not (folder / REFERENCE).is_file() or (folder / ADAPTER).is_file():
+    reference = None if (folder / ADAPTER).is_file() else read_reference(folder)
+    if reference is None:
         return folder
-    reference = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
-    name: str = reference["name"]
-    path = (folder / name).resolve() if name.startswith("..") else Path(name)
-    if path.is_dir():
-        return path
+    if Path(reference.name).is_dir():
+        return Path(reference.name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=reference["revision"]))
+        return Path(snapshot_download(reference.name, revision=reference.revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise StoreError(f"the start model {name!r} is neither here nor on the hub now. Check the network.") from error
+        raise StoreError(
+            f"the start model {reference.name!r} is neither here nor on the hub now. Check the network."
+        ) from error
 
 
 def copy_files(source: Path, out: Path, names: tuple[str, ...] = ()) -> None:
@@ -128,14 +156,13 @@ def copy_files(source: Path, out: Path, names: tuple[str, ...] = ()) -> None:
 
 def ground_adapter(start: Path, out: Path, tokenizer: str | None) -> None:
     """Gives an adapter its tokenizer, and a base that can be found from anywhere."""
-    path, base = out / ADAPTER, {}
-    if not (start / REFERENCE).is_file():
+    path, base, reference = out / ADAPTER, {}, read_reference(start)
+    if reference is None:
         copy_files(start, out / "base")
         base = {"base_model_name_or_path": str((out / "base").resolve()), "revision": None}
-    elif not json.loads((start / REFERENCE).read_text(encoding="utf-8"))["fingerprint"].startswith("hub:"):
+    elif not reference.on_hub:
         base = {"base_model_name_or_path": str(weights_of(start))}
-    if base:
-        dump_json(path, json.loads(path.read_text()) | base)
+    dump_json(path, json.loads(path.read_text()) | base)
     copy_tokenizer(start, out, tokenizer)
 
 

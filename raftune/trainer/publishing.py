@@ -15,7 +15,7 @@ from raftune.config.policy import CausalLMPolicy
 from raftune.errors import StoreError
 from raftune.policies.causal_lm import loading
 from raftune.policies.causal_lm.loading import model_usage, write_model
-from raftune.policies.model_files import ground_adapter
+from raftune.policies.model_files import ADAPTER, ground_adapter
 from raftune.results.model_card import best_of, card, publish_model, remove_published
 from raftune.sanitize import first_line
 from raftune.store.committed import check_folder, signatures, write_manifest
@@ -32,7 +32,7 @@ def load_round(policy: CausalLMPolicy, run: RunFolder, round_: int) -> Any:
     """The model of a committed round in eval mode; a PeftModel where the run trains an adapter."""
     folder, start = check_folder(run.folder(round_, "model")), check_folder(run.folder(0, "model"))
     device = choose_device(policy.device)
-    if (folder / loading.ADAPTER).is_file():
+    if (folder / ADAPTER).is_file():
         with quiet():
             return PeftModel.from_pretrained(loading.load_start(policy, start, device), str(folder)).eval()
     if policy.adapter is not None:  # the start, or a copy of it where a round had nothing to learn from
@@ -45,7 +45,7 @@ def publish(run: RunFolder, policy: CausalLMPolicy, out: Path, facts: Mapping[st
 
     A run of an adapter whose best round is the start writes an adapter of zero effect, which loads like the others.
     """
-    if policy.adapter is None or (run.folder(best_of(run), "model") / loading.ADAPTER).is_file():
+    if policy.adapter is None or (run.folder(best_of(run), "model") / ADAPTER).is_file():
         publish_model(run.root, out)
     else:
         start = check_folder(run.folder(0, "model"))

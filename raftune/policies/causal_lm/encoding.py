@@ -102,8 +102,23 @@ class TextEncoder:
             ids = self.tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
             for index, row in zip(indices, ids, strict=True):
                 encoded[index] = row if chat else self._without_added_tokens(row, rendered[index])
+        maximum, context = self.sampling.max_prompt_length, self.context
         for prompt, ids in zip(prompts, encoded, strict=True):
-            self._check(prompt, ids)
+            shown = f"prompt {prompt.id} ({str(prompt.content)[:40]!r})"
+            if not ids:
+                raise DataError(
+                    f"A prompt must have at least one token; {shown} has none. Remove it, or give it a text."
+                )
+            if maximum is not None and len(ids) > maximum:
+                raise TooLong(
+                    f"A prompt must not be longer than sampling.max_prompt_length; {shown} has {len(ids)} tokens, the "
+                    f"limit is {maximum}. Shorten or remove it, or raise the limit."
+                )
+            if context is not None and len(ids) >= context:
+                raise TooLong(
+                    f"A prompt must leave room for an answer; {shown} has {len(ids)} tokens, the limit is "
+                    f"{context - 1} (the model's context is {context}). Shorten or remove it."
+                )
         return encoded
 
     def _render(self, prompt: Prompt, for_drawing: bool) -> str:
@@ -186,22 +201,6 @@ class TextEncoder:
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
             ids = ids[1:]
         return ids or ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])
-
-    def _check(self, prompt: Prompt, ids: list[int]) -> None:
-        shown = f"prompt {prompt.id} ({str(prompt.content)[:40]!r})"
-        if not ids:
-            raise DataError(f"A prompt must have at least one token; {shown} has none. Remove it, or give it a text.")
-        limit = self.sampling.max_prompt_length
-        if limit is not None and len(ids) > limit:
-            raise TooLong(
-                f"A prompt must not be longer than sampling.max_prompt_length; {shown} has {len(ids)} tokens, the "
-                f"limit is {limit}. Shorten or remove it, or raise the limit."
-            )
-        if self.context is not None and len(ids) >= self.context:
-            raise TooLong(
-                f"A prompt must leave room for an answer; {shown} has {len(ids)} tokens, the limit is "
-                f"{self.context - 1} (the model's context is {self.context}). Shorten or remove it."
-            )
 
     def encode_answer(self, prompt: Prompt, answer: Any) -> tuple[str, list[int]]:
         """A given completion as this policy would have generated it: its text, and its ids with the end of its turn."""

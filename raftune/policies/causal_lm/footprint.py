@@ -18,6 +18,7 @@ from raftune.policies.footprint import (
     RoundAmounts,
     in_short,
 )
+from raftune.policies.model_files import read_reference
 from raftune.sanitize import megabytes
 
 LOGITS = 16  # bytes of a logit while a token is chosen: the logit, its share in float32, and sums in float64
@@ -101,7 +102,7 @@ class ModelFootprint(Footprint):
         from raftune.policies.causal_lm import loading
 
         policy = config.policy
-        if not isinstance(policy, CausalLMPolicy) or loading.read_reference(start) is None:
+        if not isinstance(policy, CausalLMPolicy) or read_reference(start) is None:
             return None
         model_config = loading.model_config(policy, start)
         model = _without_memory(policy, model_config, False)

@@ -11,7 +11,6 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,11 @@ from raftune.policies.model_files import (
     ADAPTER,
     METADATA,
     REFERENCE,
+    StartReference,
     check_finite,
     check_unchanged,
     is_path,
+    read_reference,
     sorted_sets,
     write_optimizer,
 )
@@ -69,18 +70,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@dataclass(frozen=True)
-class StartReference:
-    """Where the initial model is: an absolute path with the hash of what lies there, or a hub name at a commit."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-
-    def write(self, folder: Path) -> None:
-        dump_json(folder / REFERENCE, asdict(self))
 
 
 def resolve(name: str, revision: str | None = None, trust: bool = False) -> StartReference:
@@ -139,21 +128,10 @@ def fingerprint(folder: Path) -> str:
     return fingerprint_of(folder, folder.iterdir())
 
 
-def read_reference(start: Path) -> StartReference | None:
-    """The reference that a start folder holds; None where the folder holds the weights themselves."""
-    path = start / REFERENCE
-    if not path.is_file():
-        return None
-    reference = StartReference(**json.loads(path.read_text()))
-    if reference.name.startswith(".."):  # relative to the start folder
-        return replace(reference, name=str((start / reference.name).resolve()))
-    return reference
-
-
 def verify(start: Path) -> None:
     """Raises ModelError if the model that the start folder refers to is gone or has changed."""
     reference = read_reference(start)
-    if reference is not None and not reference.fingerprint.startswith("hub:"):
+    if reference is not None and not reference.on_hub:
         check_unchanged(Path(reference.name), reference.fingerprint, fingerprint)
 
 

@@ -25,7 +25,6 @@ from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.loading import model_usage, write_model
 from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, generate, generate_by, replay
-from raftune.policies.causal_lm.sampling.params import BackendName, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import (
     check_parity,
     plain_log_probs,
@@ -34,7 +33,8 @@ from raftune.policies.causal_lm.sampling.parity import (
     rows_of_prompts,
 )
 from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
-from raftune.policies.model_files import publish_files, read_optimizer
+from raftune.policies.causal_lm.sampling.token_choice import BackendName, GeneratedCompletion, SamplingParams
+from raftune.policies.model_files import ADAPTER, REFERENCE, publish_files, read_optimizer
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
 from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
@@ -105,13 +105,8 @@ class CausalLM:
 
     @classmethod
     def start(cls, config: FamilyConfig, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
-        """Writes the initial model into `out` and returns its facts; raises ModelError where it is unfit.
-
-        A model given by name becomes a reference. Weights are written where it is given as an object, or where the name
-        is a LoRA adapter's: that is merged first, since switching it off must give this start and not its base; a run
-        of no rounds leaves it as it is.
-        """
-        _check_unused(config)
+        """Writes the initial model into `out` and returns its facts; raises ModelError where it is unfit."""
+        check_unused(config)
         out.mkdir(parents=True, exist_ok=True)
         trains = getattr(config, "num_rounds", 1) > 0
         facts = loading.write_start(config.policy, out, model, tokenizer, merge=trains)
@@ -125,11 +120,11 @@ class CausalLM:
     def section_at(cls, policy: Mapping[str, Any], folder: Path, start: Path) -> dict[str, Any]:
         """The `policy` section of a run that starts from this committed folder of a run with this initial model."""
         tokenizer = {"tokenizer": str(start)} if (start / "tokenizer_config.json").is_file() else {}
-        model = {} if (folder / loading.REFERENCE).is_file() else {"model": str(folder), "revision": None}
+        model = {} if (folder / REFERENCE).is_file() else {"model": str(folder), "revision": None}
         return {**policy, **tokenizer, **model}
 
     def check_config(self) -> None:
-        _check_unused(self.config)
+        check_unused(self.config)
 
     @classmethod
     def verify(cls, start: Path) -> None:
@@ -302,10 +297,7 @@ class CausalLM:
         return np.array([np.nan if row is None else math.fsum(row) for row in rows], dtype=np.float64)
 
     def train(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TrainReport:
-        """Trains the policy on the rows and writes the new model into `out`; resumes from checkpoints in `work`.
-
-        Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
-        """
+        """Trains on the rows and writes the new model into `out`; resumes from `work`. As Policy.train."""
         from raftune.policies.causal_lm.sft_loss import batch_of, loss_of, read_rows
         from raftune.training.checkpoints import identity
         from raftune.training.fit import FitTask, fit
@@ -354,11 +346,10 @@ class CausalLM:
     def export_merged(self, out: Path) -> str:
         """Writes a plain model into `out`, the adapter added in, and returns what its card says of that.
 
-        Added in float32; rounded to the run's dtype only where that keeps what the adapter learned. Raises ConfigError
-        where there is no adapter, or one on 4-bit weights; ModelError where the sum is not what was trained.
+        Added in float32; rounded to the run's dtype only where that keeps what the adapter learned.
         """
         policy, probe = self.config.policy, read_probe(self.folder)
-        if not (self.folder / loading.ADAPTER).is_file():
+        if not (self.folder / ADAPTER).is_file():
             raise ConfigError(f"--merged needs a round with a LoRA adapter; {self.folder} has none. Leave it out.")
         if policy.load_in_4bit:
             raise ConfigError(
@@ -386,6 +377,6 @@ class CausalLM:
         return tuple(self._notes)
 
 
-def _check_unused(config: FamilyConfig) -> None:
+def check_unused(config: FamilyConfig) -> None:
     """Raises ConfigError for options of images, which mean nothing to texts."""
     refuse_unused(config, "causal_lm", ("sampling.diffusion", "training.diffusion", "keep_latents"))

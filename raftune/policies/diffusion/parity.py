@@ -19,7 +19,6 @@ import torch
 
 from raftune.errors import ConfigError, ModelError, RaftuneError
 from raftune.policies.diffusion.pipelines.base import (
-    Conditions,
     PipelineAdapter,
     PipelineCall,
     SampledImages,
@@ -51,28 +50,117 @@ def check_parity(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = No
     Two images of at most 16 x 8 latent cells are generated in two steps, with these pipeline_kwargs, and the denoiser
     is called again on its inputs; then two images and one image in four steps. Needs the text encoders.
     """
-    call, whose = smallest_call(adapter, kwargs or {}), _whose(adapter)
     with torch.no_grad(), quiet():
-        conditions = _conditions(adapter, call)
-        images, steps = _generate(adapter, conditions, call)
-        limit = _limit(steps[0].output)
-        differences = tuple(_difference(adapter, step, conditions, call) for step in steps)
+        trial = Trial(adapter, kwargs or {})
+        images, steps = trial.generate()
+        limit = limit_of(steps[0].output)
+        differences = tuple(map(trial.difference, steps))
         for step, difference in zip(steps, differences, strict=True):
             if not difference <= limit:
-                raise _mismatch(
-                    f"at step {step.index + 1} of {len(steps)} (t = {step.time.item():g}), {whose} "
-                    f"output differs from raftune's own by {difference:.3g} of its size ({limit:g} at most)",
+                raise mismatch(
+                    f"at step {step.index + 1} of {len(steps)} (t = {step.time.item():g}), the {trial.name}'s output "
+                    f"differs from raftune's own by {difference:.3g} of its size ({limit:g} at most)",
                 )
-        _check_latents(adapter, images, call)
-        _compare_seeds(adapter, conditions, call)
+        trial.check_latents(images)
+        trial.compare_seeds()
     return ParityResult(differences, limit)
 
 
 def check_seeds(adapter: PipelineAdapter, kwargs: Mapping[str, Any] | None = None) -> None:
     """Raises ModelError where an image does not depend on its own seed alone; for runs that train nothing."""
-    call = smallest_call(adapter, kwargs or {})
     with torch.no_grad(), quiet():
-        _compare_seeds(adapter, _conditions(adapter, call), call)
+        Trial(adapter, kwargs or {}).compare_seeds()
+
+
+class Trial:
+    """An adapter, its cheapest call, and the conditions of two prompts that differ, so that a mix-up of rows shows."""
+
+    def __init__(self, adapter: PipelineAdapter, kwargs: Mapping[str, Any]) -> None:
+        self.adapter, self.call, self.name = adapter, smallest_call(adapter, kwargs), type(adapter.pipe).__name__
+        prompts = ("red", "a cat") if adapter.takes == "text" else (0, 1)
+        with failing_as(
+            lambda cause: ModelError(
+                f"policy.model must read prompts; this {self.name}'s text encoders failed with {cause}. Look at its "
+                "tokenizers (a tokenizer_config.json must say model_max_length), and whether the pipeline reads "
+                "prompts outside raftune."
+            )
+        ):
+            conditions = adapter.encode(prompts).to(adapter.denoiser.device)
+            self.conditions = adapter.guided(conditions, self.call.guidance_scale)
+
+    def generate(
+        self, seeds: Sequence[int] = (0, 1), num_inference_steps: int | None = None
+    ) -> tuple[SampledImages, list[SchedulerStep]]:
+        """Images of these seeds, each of the prompt of that number, and the scheduler's steps."""
+        call = replace(self.call, num_inference_steps=num_inference_steps or self.call.num_inference_steps)
+        steps: list[SchedulerStep] = []
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        with (
+            failing_as(
+                lambda cause: ModelError(
+                    f"policy.model must generate; this {self.name} failed at {call.height} x {call.width} pixels with "
+                    f"{cause}. Look at sampling.diffusion.pipeline_kwargs, and whether the pipeline draws outside "
+                    "raftune."
+                )
+            ),
+            watched(self.adapter.pipe.scheduler, steps.append),
+        ):
+            images = self.adapter.sample(self.conditions.take(seeds), None, generators, call)
+        return images, steps
+
+    def difference(self, step: SchedulerStep) -> float:
+        """The largest difference in one step, as a share of the largest number; infinite where shapes differ."""
+        adapter, call = self.adapter, self.call
+        x_t, expected = adapter.unpacked(step.model_input, call), adapter.unpacked(step.output, call)
+        expected = expected[:, : x_t.shape[1]]  # a learned variance may follow, which no loss here reads
+        if not bool(torch.isfinite(expected).all()):
+            raise ModelError(
+                f"policy.model must give finite numbers; the {self.name}'s denoiser gave NaN or infinity at step "
+                f"{step.index + 1} in {str(expected.dtype).removeprefix('torch.')}. Its weights are damaged, or its "
+                "numbers leave that range: write policy.dtype: bfloat16 or float32."
+            )
+        with failing_as(lambda cause: mismatch(f"raftune's call of the {self.name}'s denoiser failed with {cause}")):
+            predicted = adapter.predict(x_t, step.time.to(x_t.device).expand(len(x_t)), self.conditions)
+        return distance(predicted, expected) if predicted.shape == expected.shape else float("inf")
+
+    def check_latents(self, images: SampledImages) -> None:
+        """Raises ModelError where the latents that are kept are not those of the images."""
+        adapter, x0 = self.adapter, images.x0
+        shape, expected = tuple(x0.shape[1:]), adapter.latent_shape(self.call.height, self.call.width)
+        if shape != expected:
+            raise mismatch(f"the {self.name}'s latents have the shape {shape}, where raftune expects {expected}")
+        if not all(images.finite) or adapter.overflows:
+            return
+        encoded = tuple(adapter.to_latents(images.images, torch.Generator("cpu").manual_seed(0)).shape)
+        if encoded != tuple(x0.shape):
+            raise mismatch(
+                f"an image becomes latents of the shape {encoded[1:]}, where the {self.name}'s own have {shape}"
+            )
+        decoded = adapter.to_pixels(x0).float().cpu().permute(0, 2, 3, 1).numpy() * 255
+        levels = 0.0
+        for pixels, image, flagged in zip(decoded, images.images, images.flagged, strict=True):
+            if not flagged:  # a flagged image is painted over
+                levels = max(levels, float(np.abs(np.asarray(image, dtype=np.float32) - pixels).max()))
+        if levels > (2 if x0.dtype == torch.float32 else 16):
+            raise mismatch(
+                f"the latents that raftune keeps decode to other images than the {self.name}'s, by {levels:.0f} of "
+                f"255, through its {type(getattr(adapter.pipe, 'vae', None)).__name__}"
+            )
+
+    def compare_seeds(self) -> None:
+        """Raises ModelError where the second image differs once it is generated alone: its noise was not its seed's."""
+        both, _ = self.generate(num_inference_steps=SEVERAL)
+        alone, _ = self.generate((1,), SEVERAL)
+        if not all((*both.finite, *alone.finite)):
+            return
+        differs = distance(alone.x0, both.x0[1:])
+        if differs > GROWN * limit_of(alone.x0):
+            raise ModelError(
+                f"An image must come of its own seed; generated again with the same seed, one of the {self.name}'s "
+                f"differs by {differs:.3g} of its size: its {type(self.adapter.pipe.scheduler).__name__} samples noise "
+                "that no seed of ours reaches. Save the pipeline with a scheduler that adds none while sampling, such "
+                "as DDIMScheduler or DPMSolverMultistepScheduler (of a flow: FlowMatchEulerDiscreteScheduler)."
+            )
 
 
 def smallest_call(adapter: PipelineAdapter, kwargs: Mapping[str, Any]) -> PipelineCall:
@@ -91,110 +179,18 @@ def smallest_call(adapter: PipelineAdapter, kwargs: Mapping[str, Any]) -> Pipeli
     return PipelineCall(height, width, steps, 1.0, kwargs)
 
 
-def _conditions(adapter: PipelineAdapter, call: PipelineCall) -> Conditions:
-    """Of two prompts that differ, so that a mix-up of rows shows. Raises ModelError where they cannot be encoded."""
-    with _failing_as(
-        lambda cause: ModelError(
-            f"policy.model must read prompts; this {type(adapter.pipe).__name__}'s text encoders failed with {cause}. "
-            "Look at its tokenizers (a tokenizer_config.json must say model_max_length), and whether the pipeline "
-            "reads prompts outside raftune."
-        )
-    ):
-        prompts = ("red", "a cat") if adapter.takes == "text" else (0, 1)
-        return adapter.guided(adapter.encode(prompts).to(adapter.denoiser.device), call.guidance_scale)
-
-
-def _generate(
-    adapter: PipelineAdapter, conditions: Conditions, call: PipelineCall, seeds: Sequence[int] = (0, 1)
-) -> tuple[SampledImages, list[SchedulerStep]]:
-    """The images and the scheduler's steps. Raises ModelError where the pipeline cannot generate."""
-    steps: list[SchedulerStep] = []
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with (
-        _failing_as(
-            lambda cause: ModelError(
-                f"policy.model must generate; this {type(adapter.pipe).__name__} failed at {call.height} x "
-                f"{call.width} pixels with {cause}. Look at sampling.diffusion.pipeline_kwargs, and whether the "
-                "pipeline draws outside raftune."
-            )
-        ),
-        watched(adapter.pipe.scheduler, steps.append),
-    ):
-        images = adapter.sample(conditions, None, generators, call)
-    return images, steps
-
-
-def _difference(adapter: PipelineAdapter, step: SchedulerStep, conditions: Conditions, call: PipelineCall) -> float:
-    """The largest difference in one step, as a share of the largest number; infinite where shapes differ."""
-    x_t, expected = adapter.unpacked(step.model_input, call), adapter.unpacked(step.output, call)
-    expected = expected[:, : x_t.shape[1]]  # a learned variance may follow, which no loss here reads
-    if not bool(torch.isfinite(expected).all()):
-        raise ModelError(
-            f"policy.model must give finite numbers; {_whose(adapter)} denoiser gave NaN or infinity at step "
-            f"{step.index + 1} in {str(expected.dtype).removeprefix('torch.')}. Its weights are damaged, or its "
-            "numbers leave that range: write policy.dtype: bfloat16 or float32."
-        )
-    with _failing_as(lambda cause: _mismatch(f"raftune's call of {_whose(adapter)} denoiser failed with {cause}")):
-        predicted = adapter.predict(x_t, step.time.to(x_t.device).expand(len(x_t)), conditions)
-    return _distance(predicted, expected) if predicted.shape == expected.shape else float("inf")
-
-
-def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference as a share of the largest expected number."""
     peak = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return float((actual.float() - expected.float()).abs().max() / peak.float())
 
 
-def _limit(like: torch.Tensor) -> float:
+def limit_of(like: torch.Tensor) -> float:
     return TOLERANCES.get(like.dtype, min(TOLERANCES.values()))
 
 
-def _check_latents(adapter: PipelineAdapter, images: SampledImages, call: PipelineCall) -> None:
-    """Raises ModelError where the latents that are kept are not those of the images."""
-    x0, whose = images.x0, _whose(adapter)
-    shape, expected = tuple(x0.shape[1:]), adapter.latent_shape(call.height, call.width)
-    if shape != expected:
-        raise _mismatch(f"{whose} latents have the shape {shape}, where raftune expects {expected}")
-    if not all(images.finite) or adapter.overflows:
-        return
-    encoded = tuple(adapter.to_latents(images.images, torch.Generator("cpu").manual_seed(0)).shape)
-    if encoded != tuple(x0.shape):
-        raise _mismatch(f"an image becomes latents of the shape {encoded[1:]}, where {whose} own have {shape}")
-    decoded = adapter.to_pixels(x0).float().cpu().permute(0, 2, 3, 1).numpy() * 255
-    levels = 0.0
-    for pixels, image, flagged in zip(decoded, images.images, images.flagged, strict=True):
-        if not flagged:  # a flagged image is painted over
-            levels = max(levels, float(np.abs(np.asarray(image, dtype=np.float32) - pixels).max()))
-    if levels > (2 if x0.dtype == torch.float32 else 16):
-        raise _mismatch(
-            f"the latents that raftune keeps decode to other images than {whose}, by {levels:.0f} of 255, "
-            f"through its {type(getattr(adapter.pipe, 'vae', None)).__name__}"
-        )
-
-
-def _compare_seeds(adapter: PipelineAdapter, conditions: Conditions, call: PipelineCall) -> None:
-    """Raises ModelError where the second image differs once it is generated alone: its noise was not its seed's."""
-    longer = replace(call, num_inference_steps=SEVERAL)
-    both, _ = _generate(adapter, conditions, longer)
-    alone, _ = _generate(adapter, conditions.take([1]), longer, (1,))
-    if not all((*both.finite, *alone.finite)):
-        return
-    differs = _distance(alone.x0, both.x0[1:])
-    if differs > GROWN * _limit(alone.x0):
-        raise ModelError(
-            f"An image must come of its own seed; generated again with the same seed, one of {_whose(adapter)} "
-            f"differs by {differs:.3g} of its size: its {type(adapter.pipe.scheduler).__name__} samples noise that no "
-            "seed of ours reaches. Save the pipeline with a scheduler that adds none while sampling, such as "
-            "DDIMScheduler or DPMSolverMultistepScheduler (of a flow: FlowMatchEulerDiscreteScheduler)."
-        )
-
-
-def _whose(adapter: PipelineAdapter) -> str:
-    return f"the {type(adapter.pipe).__name__}'s"
-
-
 @contextmanager
-def _failing_as(error_of: Callable[[str], ModelError]) -> Iterator[None]:
+def failing_as(error_of: Callable[[str], ModelError]) -> Iterator[None]:
     """Turns an error of diffusers into the one of its cause; raftune's own and a full memory pass through."""
     try:
         yield
@@ -204,9 +200,9 @@ def _failing_as(error_of: Callable[[str], ModelError]) -> Iterator[None]:
         raise error_of(f"{type(error).__name__}: {one_line(str(error)).rstrip('.')}") from error
 
 
-def _mismatch(what: str) -> ModelError:
+def mismatch(difference: str) -> ModelError:
     return ModelError(
-        f"policy.model must be a pipeline that raftune can verify: {what}. raftune will not train what it cannot "
+        f"policy.model must be a pipeline that raftune can verify: {difference}. raftune will not train what it cannot "
         "verify. Leave out sampling.diffusion.pipeline_kwargs that change what the denoiser is told, use the "
         "pipeline's own class and parts unchanged, or another version of diffusers (this is "
         f"{diffusers.__version__})."

@@ -52,11 +52,7 @@ class Diffusion:
 
     @classmethod
     def start(cls, config: FamilyConfig, out: Path, model: Any = None, tokenizer: Any = None) -> dict[str, Any]:
-        """Writes the start pipeline into `out` and returns its facts.
-
-        Raises ModelError where parts are missing, architecture or scheduler cannot be trained, weights are not finite,
-        or the parity check fails. Raises ConfigError for options without meaning here.
-        """
+        """Writes the start pipeline into `out` and returns its facts; raises ModelError where it is unfit."""
         from raftune.policies.diffusion.parity import check_parity, check_seeds
 
         assert isinstance(config.policy, DiffusionPolicy)
@@ -153,10 +149,7 @@ class Diffusion:
         return self.frozen.nbytes + (0 if self._sampler is None else loading.nbytes_of(self._sampler.denoiser))
 
     def unread(self, prompt: Prompt) -> str | None:
-        """The end of the prompt that no text encoder reads; None where one reads it all.
-
-        Raises DataError for a prompt that this architecture does not take.
-        """
+        """The end of the prompt that no text encoder reads, if any. Raises DataError for a prompt of another kind."""
         self.blank.check_prompts([prompt.content])
         return self.encoder.unseen(prompt.content) if isinstance(prompt.content, str) else None
 
@@ -210,10 +203,7 @@ class Diffusion:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def train(self, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()) -> TrainReport:
-        """Trains the denoiser on the rows and writes the new model into `out`; resumes from what lies in `work`.
-
-        Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
-        """
+        """Trains on the rows and writes the new model into `out`; resumes from `work`. As Policy.train."""
         from raftune.policies.diffusion.training import train
 
         self._sampler = None  # one large model at a time

@@ -163,10 +163,6 @@ class DenoisingLoss:
             parts.append((shares(uniform, self.config, self.schedule), dropped, noise))
         return NoiseDraws(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
 
-    def over(self, adapter: PipelineAdapter) -> DenoisingLoss:
-        """The same loss of another denoiser."""
-        return replace(self, adapter=adapter)
-
     def terms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The squared error of each row at each of its noise levels, summed over the elements of its latents; its share
         in the loss; and the weight of all."""
@@ -223,7 +219,7 @@ class DenoisingProbe:
     def predict(self, adapter: PipelineAdapter, rows: int) -> torch.Tensor:
         """(R * 4, C, h, w) float32 on the CPU: the denoiser's predictions, so many rows at a time."""
         device = next(adapter.denoiser.parameters()).device
-        denoising = self.denoising.over(adapter)
+        denoising = replace(self.denoising, adapter=adapter)
         batches = [slice(first, first + rows) for first in range(0, len(self.t), rows)]
         return torch.cat(
             [denoising.predict(self.x_t[b].to(device), self.t[b].to(device), self.prompts[b]).cpu() for b in batches]
@@ -269,10 +265,7 @@ class DenoiserModule(torch.nn.Module):
 def train(
     policy: Any, rows: Path, work: Path, out: Path, callbacks: Sequence[TrainerCallback] = ()
 ) -> tuple[TrainReport, tuple[str, ...]]:
-    """Trains a policy.Diffusion on the rows and writes the new model into `out`. Returns the report and notes.
-
-    Raises DataError for rows that cannot be used, ModelError for what is not finite, OutOfMemory.
-    """
+    """Trains a policy.Diffusion on the rows and writes the new model into `out`. Returns the report and notes."""
     config, training, shape = policy.config, policy.config.training, policy.latents_shape
     step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     images = read_rows(rows, shape, training.loss_normalization, step)
@@ -288,7 +281,7 @@ def train(
         rows=images.rows,
         lengths=[1] * len(images.rows),
         collate=batch_of,
-        objective=lambda model: partial(objective.loss, denoising.over(policy.bound(model.denoiser))),
+        objective=lambda model: partial(objective.loss, replace(denoising, adapter=policy.bound(model.denoiser))),
         seed=seed,
         identity=identity(rows, training.model_dump_json(), seed),
         carried=read_optimizer(policy.folder) if training.optimizer_state == "carried" else None,

@@ -22,12 +22,17 @@ from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCom
 from raftune.policies.causal_lm.loading import base_of, context, evaluating
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.hf_generate import hf_generate, is_recurrent
-from raftune.policies.causal_lm.sampling.params import BackendName, FinishReason, GeneratedCompletion, SamplingParams
 from raftune.policies.causal_lm.sampling.parity import COPIES, ParityProbe, TokenReplay, measure, rows_of_prompts
 from raftune.policies.causal_lm.sampling.shared_prefix import (
     UnsupportedAttentionError,
     generate_shared_prefix,
     prefix_scores,
+)
+from raftune.policies.causal_lm.sampling.token_choice import (
+    BackendName,
+    FinishReason,
+    GeneratedCompletion,
+    SamplingParams,
 )
 from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.sanitize import first_line
@@ -55,7 +60,7 @@ class BackendChoice:
 
     def scores_by_prefix(self, model: nn.Module, longest: int) -> bool:
         """Whether completions of one prompt, of `longest` tokens at most, are scored from one pass over it."""
-        return not self.scoring and not _objection(model, longest)
+        return not self.scoring and not any(_objections(model, longest))
 
     def path(
         self, model: nn.Module, settings: SamplingParams, longest_prompt: int | None = None
@@ -221,15 +226,12 @@ def _context_of(model: nn.Module) -> int | None:
 def _structure(model: nn.Module, settings: SamplingParams, longest_prompt: int | None) -> str:
     """Why the architecture cannot share a prefix with these settings; empty where it can."""
     limits = [_context_of(model), longest_prompt and longest_prompt + settings.max_completion_length]
-    return _objection(model, min(filter(None, limits), default=None))
+    return next(_objections(model, min(filter(None, limits), default=None)), "")
 
 
-def _objection(model: nn.Module, context: int | None) -> str:
-    """The same for rows of so many tokens; None where there is no limit."""
-    return next(_objections(model, base_of(model), context), "")
-
-
-def _objections(model: Any, base: Any, context: int | None) -> Iterator[str]:
+def _objections(model: Any, context: int | None) -> Iterator[str]:
+    """The same for rows of `context` tokens; None where there is no limit."""
+    base = base_of(model)
     config = base.config.get_text_config(decoder=True)
     if base.config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         yield "it attends to an encoder"

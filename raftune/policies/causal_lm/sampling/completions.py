@@ -16,8 +16,13 @@ from torch import Tensor
 
 from raftune.arrays import BoolArray, IntArray
 from raftune.errors import DataError, ModelError
-from raftune.policies.causal_lm.sampling.params import FinishReason, GeneratedCompletion, SamplingParams
-from raftune.policies.causal_lm.sampling.token_choice import TokenSampler, uniforms
+from raftune.policies.causal_lm.sampling.token_choice import (
+    FinishReason,
+    GeneratedCompletion,
+    SamplingParams,
+    TokenSampler,
+    uniforms,
+)
 
 _ALIVE, _EOS, _STOP, _LENGTH = range(4)
 _FINISH: dict[int, FinishReason] = {_EOS: "eos", _STOP: "stop", _LENGTH: "length"}

@@ -25,7 +25,7 @@ from raftune.errors import ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, token_log_probs
 from raftune.policies.causal_lm.loading import PROBE, evaluating, merged
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
-from raftune.policies.causal_lm.sampling.params import SamplingParams
+from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
 from raftune.store.files import dump_json
 
 ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 256, 16  # of a probe, at most

@@ -1,4 +1,4 @@
-"""Chooses tokens from logits and seeded noise: warping, inverse-CDF sampling, log-probabilities.
+"""Parameters of generation, and the choice of tokens from logits and seeded noise.
 
 The noise is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3). It is
 counter-based: any step of any sample can be computed alone, in any order, in any batch.
@@ -8,7 +8,9 @@ Shapes: R rows, V the vocabulary, B blocks of it, S the tokens seen so far.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +26,9 @@ from transformers import (
 )
 
 from raftune.arrays import FloatArray, UInt64Array
-from raftune.policies.causal_lm.sampling.params import SamplingParams
 
+FinishReason = Literal["eos", "length", "stop"]
+BackendName = Literal["forked", "generate", "single"]  # the shared prefix; `generate`; `generate` with a row at a time
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -90,6 +93,52 @@ def inverse_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
 
 def _just_below(bound: Tensor) -> Tensor:
     return torch.nextafter(bound, torch.zeros_like(bound))
+
+
+class GeneratedCompletion(NamedTuple):
+    """One completion: its token ids, EOS included where it was generated, and why it ended.
+
+    `logprobs` holds one number per id, in nats: the log-softmax of the raw logits, before temperature and every other
+    warp. `finish` is `eos`, `stop` (a stop string was completed by the last id) or `length` (the limit, or the model's
+    context, was reached).
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: FinishReason
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen, and when a completion ends.
+
+    `eos_ids` are all ids that end a completion; `pad_id` fills rows and may be any id of the vocabulary. `batch_size`
+    is the number of rows alive at once. With `generation_kwargs`, `generate` samples.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_completion_length: int = 128
+    stop_strings: tuple[str, ...] = ()
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    batch_size: int = 256
+
+    @property
+    def warps(self) -> bool:
+        """True where a sampled token's distribution is not the softmax of logits over temperature alone."""
+        cuts = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.repetition_penalty != 1 or (cuts and self.temperature > 0)
+
+    @property
+    def needs_generate(self) -> str:
+        """Which options only `generate` has, as a reason; empty where there are none."""
+        options = [name for name, value in self.generation_kwargs.items() if (name, value) != ("use_cache", True)]
+        return f"generation_kwargs {', '.join(sorted(options))} are generate's own" if options else ""
 
 
 class TokenSampler:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,7 +96,7 @@ class SampledImages:
         return cls(images, x0, list(flagged or [False] * len(images)), finite.tolist())
 
 
-class PipelineAdapter(ABC):
+class PipelineAdapter:
     """One architecture. A subclass names the pipeline classes that it serves."""
 
     pipelines: tuple[str, ...]  # names of diffusers classes
@@ -205,9 +204,15 @@ class PipelineAdapter(ABC):
             **call.kwargs,
         )
 
-    @abstractmethod
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """(N, C, h, w) the unguided model output, as the scheduler's step gets it; t (N,) as scheduler.timesteps."""
+        inputs = {**self.inputs(x_t, conditions.tensors), "timestep": t}
+        output: torch.Tensor = self.denoiser(**inputs, return_dict=False)[0]
+        return output[:, : x_t.shape[1]]  # a learned variance may follow, which no loss here reads
+
+    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The denoiser's inputs by name, without the time, for architectures that take latents as they are."""
+        raise NotImplementedError
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         """(N, C, h, w) the clean latents of images that were not generated here."""

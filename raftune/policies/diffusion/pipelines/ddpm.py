@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,8 @@ class DDPM(PipelineAdapter):
             **call.kwargs,
         )
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        out: torch.Tensor = self.denoiser(x_t, t, return_dict=False)[0]
-        return out[:, : x_t.shape[1]]  # a learned variance may follow
+    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {"sample": x_t}
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         pixels = pixels_of(images, next(self.denoiser.parameters()))

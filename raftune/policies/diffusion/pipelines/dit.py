@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,10 +29,7 @@ class LabelledDenoiser:
 
 
 class DiT(PipelineAdapter):
-    """Conditions: `labels` (N,). No class at all is the number after the last.
-
-    The denoiser also gives a variance that no loss here reads: `predict` leaves it out, as the pipeline does.
-    """
+    """Conditions: `labels` (N,). No class at all is the number after the last."""
 
     pipelines = ("DiTPipeline",)
     denoiser_name = "transformer"
@@ -88,7 +85,5 @@ class DiT(PipelineAdapter):
             **call.kwargs,
         )
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        labels = conditions.tensors["labels"]
-        out: torch.Tensor = self.denoiser(x_t, timestep=t, class_labels=labels, return_dict=False)[0]
-        return out[:, : x_t.shape[1]]
+    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {"hidden_states": x_t, "class_labels": conditions["labels"]}

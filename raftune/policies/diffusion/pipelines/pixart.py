@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from raftune.errors import ConfigError
-from raftune.policies.diffusion.pipelines.base import Conditions, PipelineAdapter
+from raftune.policies.diffusion.pipelines.base import PipelineAdapter
 
 EXACT_SIZE = (
     "images are generated at the very size that is asked, so that their latents are theirs: ask for one of its own"
@@ -17,10 +17,7 @@ EXACT_SIZE = (
 
 
 class PixArt(PipelineAdapter):
-    """Conditions: `prompt_embeds` (N, T, D), `mask` (N, T). Size conditions follow from the latents' own size.
-
-    The denoiser also gives a variance that no loss here reads: `predict` leaves it out, as the pipeline does.
-    """
+    """Conditions: `prompt_embeds` (N, T, D), `mask` (N, T). Size conditions follow from the latents' own size."""
 
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     denoiser_name = "transformer"
@@ -47,16 +44,13 @@ class PixArt(PipelineAdapter):
             )
         return {**options, "clean_caption": bool(options["clean_caption"]) and able}
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        out: torch.Tensor = self.denoiser(
-            x_t,
-            encoder_hidden_states=conditions.tensors["prompt_embeds"],
-            encoder_attention_mask=conditions.tensors["mask"],
-            timestep=t,
-            added_cond_kwargs=self._size_of(x_t),
-            return_dict=False,
-        )[0]
-        return out[:, : x_t.shape[1]]
+    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {
+            "hidden_states": x_t,
+            "encoder_hidden_states": conditions["prompt_embeds"],
+            "encoder_attention_mask": conditions["mask"],
+            "added_cond_kwargs": self._size_of(x_t),
+        }
 
     def _size_of(self, x_t: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Height and width (N, 2), and their ratio (N, 1), where the denoiser takes them."""

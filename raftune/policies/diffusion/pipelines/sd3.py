@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, ONE_TEXT, Conditions, PipelineAdapter
+from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, ONE_TEXT, PipelineAdapter
 
 
 class SD3(PipelineAdapter):
@@ -31,12 +31,6 @@ class SD3(PipelineAdapter):
     }
     text_outputs = ("prompt_embeds", None, "pooled")
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        out: torch.Tensor = self.denoiser(
-            hidden_states=x_t,
-            timestep=t,
-            encoder_hidden_states=conditions.tensors["prompt_embeds"],
-            pooled_projections=conditions.tensors["pooled"],
-            return_dict=False,
-        )[0]
-        return out
+    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        embeds, pooled = conditions["prompt_embeds"], conditions["pooled"]
+        return {"hidden_states": x_t, "encoder_hidden_states": embeds, "pooled_projections": pooled}

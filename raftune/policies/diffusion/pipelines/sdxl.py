@@ -38,15 +38,9 @@ class SDXL(PipelineAdapter):
             return Conditions({name: torch.zeros_like(tensor) for name, tensor in conditions.tensors.items()})
         return conditions
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        out: torch.Tensor = self.denoiser(
-            x_t,
-            t,
-            encoder_hidden_states=conditions.tensors["prompt_embeds"],
-            added_cond_kwargs={"text_embeds": conditions.tensors["pooled"], "time_ids": self._time_ids(x_t)},
-            return_dict=False,
-        )[0]
-        return out
+    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        sizes = {"text_embeds": conditions["pooled"], "time_ids": self._time_ids(x_t)}
+        return {"sample": x_t, "encoder_hidden_states": conditions["prompt_embeds"], "added_cond_kwargs": sizes}
 
     def _time_ids(self, x_t: torch.Tensor) -> torch.Tensor:
         """(N, 6) original size, crop and target size in pixels, of an image that was neither scaled nor cropped."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, Conditions, PipelineAdapter
+from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, PipelineAdapter
 
 
 class StableDiffusion(PipelineAdapter):
@@ -21,7 +21,5 @@ class StableDiffusion(PipelineAdapter):
     text_options: ClassVar[Mapping[str, Any]] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     text_outputs = ("prompt_embeds",)
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        embeds = conditions.tensors["prompt_embeds"]
-        out: torch.Tensor = self.denoiser(x_t, t, encoder_hidden_states=embeds, return_dict=False)[0]
-        return out
+    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        return {"sample": x_t, "encoder_hidden_states": conditions["prompt_embeds"]}

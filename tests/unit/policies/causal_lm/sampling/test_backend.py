@@ -21,7 +21,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raftune.policies.causal_lm.sampling.backend import BackendChoice
-from raftune.policies.causal_lm.sampling.params import SamplingParams
+from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
 
 SETTINGS = SamplingParams(max_completion_length=30)
 SMALL = {

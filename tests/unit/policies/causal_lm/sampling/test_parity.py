@@ -18,7 +18,6 @@ from raftune.policies.causal_lm import CausalLM, loading
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion
 from raftune.policies.causal_lm.loading import fresh_adapter
 from raftune.policies.causal_lm.sampling.backend import choose_backend, generate, replay
-from raftune.policies.causal_lm.sampling.params import SamplingParams
 from raftune.policies.causal_lm.sampling.parity import (
     adapter_survives_merging,
     check_parity,
@@ -28,6 +27,7 @@ from raftune.policies.causal_lm.sampling.parity import (
     read_probe,
     rows_of_prompts,
 )
+from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
 from raftune.stages.parity import generation_words
 from raftune.store import partial
 from tests.builders import parts, save_tiny, tiny_llama, unit_of, write_rows

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory
 from raftune.policies.causal_lm.sampling.backend import generate
 from raftune.policies.causal_lm.sampling.completions import StopStrings
-from raftune.policies.causal_lm.sampling.params import GeneratedCompletion, SamplingParams
+from raftune.policies.causal_lm.sampling.token_choice import GeneratedCompletion, SamplingParams
 
 PATHS = ["forked", "generate"]
 LENGTHS = (3, 9, 5, 12, 1, 7)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raftune.policies.causal_lm.sampling.backend import generate
-from raftune.policies.causal_lm.sampling.params import GeneratedCompletion, SamplingParams
+from raftune.policies.causal_lm.sampling.token_choice import GeneratedCompletion, SamplingParams
 
 LENGTHS = (3, 9, 5, 12, 1, 7)
 GREEDY = SamplingParams(temperature=0, max_completion_length=30, eos_ids=(2, 5, 6, 7), batch_size=8)

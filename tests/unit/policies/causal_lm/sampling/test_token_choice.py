@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raftune.policies.causal_lm.sampling.params import SamplingParams
-from raftune.policies.causal_lm.sampling.token_choice import TokenSampler, inverse_cdf, uniforms
+from raftune.policies.causal_lm.sampling.token_choice import SamplingParams, TokenSampler, inverse_cdf, uniforms
 
 
 def by_hand(weights: np.ndarray, noise: np.ndarray) -> np.ndarray:
