@@ -254,7 +254,10 @@ class Measurements:
                 f"rewards.max_failure_fraction allows {config.rewards.max_failure_fraction:g}. For example {example}. "
                 "`raftune reward check` tells more."
             )
-        result.notes += (*self.runtime.panel().notes(), *sample_notes(config, samples, scores, whole=self.factor == 1))
+        result.notes += (
+            *self.runtime.panel().notes(),
+            *sample_notes(config, samples, scores, complete=self.factor == 1),
+        )
         trial.check()
         judged = bool(config.evaluation.reward_funcs)
         result.judge = self.time_rewards(self.runtime.judge())[0] if judged else LinearTime()
@@ -441,10 +444,10 @@ def through(n1: int, t1: float, n2: int, t2: float) -> LinearTime:
     return LinearTime(max(0.0, t1 - each * n1), each) if each else LinearTime(min(t1, t2), 0.0)
 
 
-def sample_notes(config: RunConfig, samples: pa.Table, scores: list[Score], *, whole: bool) -> list[str]:
+def sample_notes(config: RunConfig, samples: pa.Table, scores: list[Score], *, complete: bool) -> list[str]:
     """What samples and scores say against training on them, and the alarms that such a round would raise.
 
-    `whole`: no sample was cut off by the probe, so that their ends are those of the run.
+    `complete`: no sample was cut off by the probe, so that their ends are those of the run.
     """
     notes = []
     values = [score.value for score in scores if score.value is not None]
@@ -452,7 +455,7 @@ def sample_notes(config: RunConfig, samples: pa.Table, scores: list[Score], *, w
         notes.append(f"{failed} of {len(scores)} tried samples could not be scored: `raftune reward check` tells more")
     if len(values) > 1 and min(values) == max(values):
         notes.append(f"all tried samples scored {values[0]:g}: there may be nothing to rank")
-    if "finish" in samples.column_names and not whole:
+    if "finish" in samples.column_names and not complete:
         samples = samples.drop_columns(["finish"])
     elif "finish" in samples.column_names and config.training.mask_truncated_completions:
         finish = samples.column("finish").to_pylist()

@@ -83,10 +83,10 @@ def family_of(config: RunConfig) -> Family:
     return family
 
 
-def refuse_missing(instance: object, names: tuple[str, ...], what: str) -> None:
+def refuse_missing(instance: object, names: tuple[str, ...], subject: str) -> None:
     """Raises ConfigError that names every missing attribute."""
     if missing := [name for name in names if not hasattr(instance, name)]:
-        raise ConfigError(f"{what} must have {', '.join(names)}; it lacks {', '.join(missing)}. {GUIDE}")
+        raise ConfigError(f"{subject} must have {', '.join(names)}; it lacks {', '.join(missing)}. {GUIDE}")
 
 
 def start_policy(
@@ -117,19 +117,19 @@ def make_relative(out: Path, model: str | None, final: Path | None = None) -> No
     """
     if model is None or Path(model).expanduser().is_absolute() or not Path(model).is_dir():
         return
-    place = Path(model).resolve()
+    folder = Path(model).resolve()
     for path, key in ((out / "reference.json", "name"), (out / "raftune.json", "model")):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if content.get(key) == str(place):
-            content[key] = Path(os.path.relpath(place, (final or out).resolve())).as_posix()
+        if content.get(key) == str(folder):
+            content[key] = Path(os.path.relpath(folder, (final or out).resolve())).as_posix()
             dump_json(path, content)
 
 
 def load_policy(family: Family, config: RunConfig, folder: Path, start: Path) -> Policy:
     """The policy of a committed folder. Raises RunDamaged where a file has changed since it was committed, ConfigError
     where a custom family returns no policy."""
-    for place in {folder, start}:
-        check_folder(place)
+    for path in {folder, start}:
+        check_folder(path)
     policy = family.load(config, folder, start)
     if isinstance(config.policy, CustomPolicy):
         refuse_missing(policy, OF_A_POLICY, f"what {config.policy.family} loads (a {type(policy).__name__})")

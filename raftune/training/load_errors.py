@@ -28,13 +28,15 @@ MISMATCH = re.compile(
 )
 
 
-def why_not_loaded(error: BaseException, place: str | Path) -> str:
-    """The cause, and the fix, as sentences. `place` is the folder or hub name that was read."""
+def why_not_loaded(error: BaseException, source: str | Path) -> str:
+    """The cause, and the fix, as sentences. `source` is the folder or hub name that was read."""
     if UNTRUSTED in str(error):
         return "it needs Python code that comes with it. Read that code, then set trust_remote_code: true."
-    folder = Path(place).expanduser()
+    folder = Path(source).expanduser()
     weights = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin") and p.is_file())
-    cause, fix = _damaged(weights) or _mismatched(error) or _lacking(error) or _pickled(error, weights) or ("", "")
+    cause, fix = (
+        _damaged(weights) or _mismatched(error) or _missing_package(error) or _pickled(error, weights) or ("", "")
+    )
     return f"{cause}. {fix}." if cause else f"{one_line(first_line(error), 300)}."
 
 
@@ -65,7 +67,7 @@ def _mismatched(error: BaseException) -> tuple[str, str] | None:
     return f"{name} is [{saved}] in the files and [{expected}] in the model", fix
 
 
-def _lacking(error: BaseException) -> tuple[str, str] | None:
+def _missing_package(error: BaseException) -> tuple[str, str] | None:
     text = str(error)
     if not isinstance(error, ImportError) and "pip install" not in text and "not installed" not in text:
         return None

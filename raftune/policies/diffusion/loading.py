@@ -255,7 +255,7 @@ def load_denoiser(config: DiffusionPolicy, folder: Path, start: Path, *, train: 
     is made. For generating it is merged where that is exact enough (float32), else attached.
     """
     record = read_record(folder)
-    base = record.place(folder) if folder.resolve() == start.resolve() else start
+    base = record.target(folder) if folder.resolve() == start.resolve() else start
     if record.kind == "adapter" and (base / RECORD).is_file():
         model = load_denoiser(config, base, base, train=False)
     else:
@@ -378,7 +378,7 @@ def write_start_from_round(config: DiffusionPolicy, out: Path, folder: Path, tra
         for path in (folder / name for name in (LORA, lora.PEFT_WEIGHTS, ADAPTER)):
             if path.is_file():
                 shutil.copyfile(path, out / path.name)
-        if record.model.startswith("..") and not ((subfolder := record.place(folder)) / INDEX).is_file():
+        if record.model.startswith("..") and not ((subfolder := record.target(folder)) / INDEX).is_file():
             base = (str(subfolder), None, "")
         ModelRecord("adapter", *base).write(out)
 

@@ -179,7 +179,7 @@ class ModelRecord:
     def write(self, folder: Path) -> None:
         dump_json(folder / RECORD, asdict(self))
 
-    def place(self, folder: Path) -> Path:
+    def target(self, folder: Path) -> Path:
         """The folder that `model` names, from the folder of this record."""
         return (folder / self.model).resolve() if self.model.startswith("..") else Path(self.model)
 
@@ -210,7 +210,7 @@ def source_of(folder: Path, config: DiffusionPolicy) -> PipelineSource:
     if record.fingerprint.startswith("hub:"):
         path = snapshot(record.model, record.revision, config)
         return PipelineSource(record.model, record.revision, path, config.variant)
-    path = record.place(folder)
+    path = record.target(folder)
     check_unchanged(path, "", fingerprint)
     if (path / RECORD).is_file():
         return source_of(path, config)
@@ -247,4 +247,4 @@ def verify(start: Path) -> None:
     """Raises ModelError if the pipeline that the start folder refers to is gone or has changed."""
     record = read_record(start)
     if record.fingerprint and not record.fingerprint.startswith("hub:"):
-        check_unchanged(record.place(start), record.fingerprint, fingerprint)
+        check_unchanged(record.target(start), record.fingerprint, fingerprint)

@@ -206,12 +206,12 @@ class PipelineAdapter:
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """(N, C, h, w) the unguided model output, as the scheduler's step gets it; t (N,) as scheduler.timesteps."""
-        inputs = {**self.inputs(x_t, conditions.tensors), "timestep": t}
-        output: torch.Tensor = self.denoiser(**inputs, return_dict=False)[0]
+        inputs = self.inputs(x_t, conditions.tensors)
+        output: torch.Tensor = self.denoiser(x_t, timestep=t, **inputs, return_dict=False)[0]
         return output[:, : x_t.shape[1]]  # a learned variance may follow, which no loss here reads
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The denoiser's inputs by name, without the time, for architectures that take latents as they are."""
+        """The denoiser's inputs besides latents and time, for architectures that take latents as they are."""
         raise NotImplementedError
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:

@@ -44,7 +44,7 @@ class DDPM(PipelineAdapter):
         )
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        return {"sample": x_t}
+        return {}
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         pixels = pixels_of(images, next(self.denoiser.parameters()))

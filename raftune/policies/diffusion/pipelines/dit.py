@@ -86,4 +86,4 @@ class DiT(PipelineAdapter):
         )
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        return {"hidden_states": x_t, "class_labels": conditions["labels"]}
+        return {"class_labels": conditions["labels"]}

@@ -46,7 +46,6 @@ class PixArt(PipelineAdapter):
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {
-            "hidden_states": x_t,
             "encoder_hidden_states": conditions["prompt_embeds"],
             "encoder_attention_mask": conditions["mask"],
             "added_cond_kwargs": self._size_of(x_t),

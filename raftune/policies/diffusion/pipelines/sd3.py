@@ -32,5 +32,4 @@ class SD3(PipelineAdapter):
     text_outputs = ("prompt_embeds", None, "pooled")
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        embeds, pooled = conditions["prompt_embeds"], conditions["pooled"]
-        return {"hidden_states": x_t, "encoder_hidden_states": embeds, "pooled_projections": pooled}
+        return {"encoder_hidden_states": conditions["prompt_embeds"], "pooled_projections": conditions["pooled"]}

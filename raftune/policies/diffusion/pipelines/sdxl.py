@@ -40,7 +40,7 @@ class SDXL(PipelineAdapter):
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         sizes = {"text_embeds": conditions["pooled"], "time_ids": self._time_ids(x_t)}
-        return {"sample": x_t, "encoder_hidden_states": conditions["prompt_embeds"], "added_cond_kwargs": sizes}
+        return {"encoder_hidden_states": conditions["prompt_embeds"], "added_cond_kwargs": sizes}
 
     def _time_ids(self, x_t: torch.Tensor) -> torch.Tensor:
         """(N, 6) original size, crop and target size in pixels, of an image that was neither scaled nor cropped."""

@@ -22,4 +22,4 @@ class StableDiffusion(PipelineAdapter):
     text_outputs = ("prompt_embeds",)
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        return {"sample": x_t, "encoder_hidden_states": conditions["prompt_embeds"]}
+        return {"encoder_hidden_states": conditions["prompt_embeds"]}
