@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,11 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ReportData:
-    """The document, and what the overview and the configuration are made from.
-
-    `rows` are the numbers of each round, `rewards` and `judges` the names of the trained and of the held-out rewards;
-    `config` is None where it is lost, or another version's.
-    """
+    """The document, and what else the page is made from; `config` is None where it is lost, or another version's."""
 
     document: dict[str, Any]
     reader: RunReader
     config: RunConfig | None
-    rewards: tuple[str, ...]
-    judges: tuple[str, ...]
-    rows: list[Row] = field(default_factory=list)
 
     @property
     def best(self) -> int:
@@ -104,7 +97,7 @@ def collect(
         document["images"] = image_set.as_json()
     image_set.keep()
     document["missing"] = reader.missing
-    return ReportData(document, reader, config, rewards, judges, rows)
+    return ReportData(document, reader, config)
 
 
 def alarms_of(reader: RunReader) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ SPENT = {
 
 def overview(data: ReportData) -> Markup:
     """HTML: the sentence and the key figures, the charts in groups, the table by round."""
-    columns = columns_for(data.rows, data.judges)
+    columns = columns_for(data.document["by_round"], data.document["judges"])
     return render(
         "overview.html",
         document=data.document,
@@ -70,8 +70,8 @@ def overview(data: ReportData) -> Markup:
         generation=generation(data.reader),
         columns=columns,
         column_titles=[(column.title, column.meaning) for column in columns],
-        rows=[[cell(column, row).replace("-", "−") for column in columns] for row in data.rows],
-        best=next((i for i, row in enumerate(data.rows) if row["round"] == data.best), None),
+        rows=[[cell(column, row).replace("-", "−") for column in columns] for row in data.document["by_round"]],
+        best=next((i for i, row in enumerate(data.document["by_round"]) if row["round"] == data.best), None),
     )
 
 
@@ -81,7 +81,7 @@ def sentence(data: ReportData) -> str:
     if not rounds:
         return "No round is finished yet."
     clauses = []
-    judge = f"the held-out {data.judges[0]}" if len(data.judges) == 1 else "the held-out reward"
+    judge = f"the held-out {data.document['judges'][0]}" if len(data.document["judges"]) == 1 else "the held-out reward"
     for name, title in (("reward", "the reward"), ("held_out", judge)):
         values = {round_: point for round_, point in by_round(data.reader, name).items() if point.y is not None}
         if best in values:
@@ -103,7 +103,7 @@ def figures(data: ReportData) -> list[dict[str, str]]:
     """The key figures: of the best round against the start, and of the whole run."""
     best, rounds = data.best, data.document["run"]["rounds"]
     entries = [("best round", str(best) if best else "start", "")] if max(rounds, default=0) else []
-    for name, title in (("reward", "reward"), ("held_out", ", ".join(data.judges) or "held out")):
+    for name, title in (("reward", "reward"), ("held_out", ", ".join(data.document["judges"]) or "held out")):
         values = by_round(data.reader, name)
         if best in values:
             point, remarks = values[best], []
@@ -119,7 +119,7 @@ def figures(data: ReportData) -> list[dict[str, str]]:
     at = best or max(kls, default=0)  # where no round was better than the start, of the last one
     if at and at in kls:
         entries.append(("KL to the start", number(kls[at].y, 2), f"nats per answer{'' if best else f', round {at}'}"))
-    kept, generated = (sum(row.get(name, 0) for row in data.rows) for name in ("kept", "samples"))
+    kept, generated = (sum(row.get(name, 0) for row in data.document["by_round"]) for name in ("kept", "samples"))
     if generated:
         entries.append(("kept of generated", f"{kept:,}", f"of {generated:,}"))
     if data.document["guarded"]:
