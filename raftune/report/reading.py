@@ -197,11 +197,9 @@ class RunReader:
 
     def _load_commits(self) -> Iterator[tuple[tuple[int, str], Manifest]]:
         for round_, stage in self.run.places():
-            try:
+            with self._noting(round_, stage, self.run.folder(round_, stage) / "_COMMIT.json"):
                 if (commit := self.run.commit(round_, stage)) is not None:
                     yield (round_, stage), commit
-            except RaftuneError as error:
-                self.note(f"round {round_}, {stage}", finding(error, self.run.folder(round_, stage) / "_COMMIT.json"))
 
     def _read_config(self) -> dict[str, Any]:
         try:
