@@ -156,7 +156,10 @@ def attach(model: Any, folder: Path) -> None:
             result = set_peft_model_state_dict(model, weights, NAME)
         missing = {name for name in result.missing_keys if "lora_" in name}
         if surplus := sorted({*result.unexpected_keys, *missing}):
-            raise ValueError(f"{len(surplus)} of its tensors have no place or are missing ({surplus[0]})")
+            raise ModelError(
+                f"{path} must be a LoRA of this denoiser: {len(surplus)} of its tensors have no place or are missing "
+                f"({surplus[0]}). Restore the file."
+            )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path} must be a LoRA of this denoiser: {first_line(error)}. Restore the file.") from error
     cast_training_params(model)
