@@ -90,8 +90,8 @@ def type_of(value: Mapping[str, Any]) -> str:
     if value.get("type") == "array":
         return f"list of {type_of(value.get('items', {}))}"
     names = {"string": "text", "boolean": "true or false", "object": "mapping", "null": "null"}
-    kind = str(value.get("type", "any"))
-    return names.get(kind, kind)
+    kinds = value.get("type", "any")
+    return " or ".join(names.get(kind, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds))
 
 
 def code(value: Any) -> str:

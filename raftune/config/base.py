@@ -6,13 +6,29 @@ import os
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 
-def _unwrap(schema: dict[str, Any]) -> None:
-    for field in schema.get("properties", {}).values():
+def _describe_input(schema: dict[str, Any], section: type[Any]) -> None:
+    """Completes the JSON schema of a section by what it reads besides the section itself."""
+    fields = schema.get("properties", {})
+    for field in fields.values():
         if "description" in field:
             field["description"] = " ".join(field["description"].split())
+        if "oneOf" in field:  # without the discriminator several classes of a section may match
+            field["anyOf"] = field.pop("oneOf")
+    if section.shorthand:
+        text = {rule: value for rule, value in fields[section.shorthand].items() if rule in ("pattern", "minLength")}
+        schema |= {"type": ["object", "string"], **text}
 
 
 class ConfigSection(BaseModel):
@@ -28,7 +44,7 @@ class ConfigSection(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
-        json_schema_extra=_unwrap,
+        json_schema_extra=_describe_input,
     )
 
     @classmethod
@@ -60,9 +76,25 @@ def read_columns(value: Any) -> Any:
 
 
 # The data's column for each name that raftune reads.
-ColumnNames = Annotated[dict[str, str] | None, BeforeValidator(read_columns)]
-# A text or mapping that stands for a list of one.
-OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str | dict | BaseModel) else value)
+ColumnNames = Annotated[
+    dict[str, str] | None, BeforeValidator(read_columns, json_schema_input_type=dict[str, str] | str | None)
+]
+
+
+class OneOrMore:
+    """Annotates a list that may be given as its only item, a text or a mapping."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def listed(value: Any) -> Any:
+            return (value,) if isinstance(value, str | dict | BaseModel) else value
+
+        return no_info_before_validator_function(listed, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        many = handler(schema)
+        return {"anyOf": [many["items"], many]}
+
+
 THREADS_FIELD: Any = Field(
     default_factory=lambda: os.cpu_count() or 1, ge=1, description="Threads for tensor arithmetic on the CPU."
 )

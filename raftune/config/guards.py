@@ -33,7 +33,7 @@ class GuardsConfig(ConfigSection):
     """Alarms at the end of each round, with numbers and samples. An alarm stops a run only if listed in stop_on."""
 
     enabled: bool = Field(True, description="Check each round at its end. Needs no further samples or reward calls.")
-    stop_on: Annotated[tuple[AlarmName, ...], OneOrMore] = Field(
+    stop_on: Annotated[tuple[AlarmName, ...], OneOrMore()] = Field(
         (), description=f"Alarms that end the run after the round that raised them: {', '.join(ALARMS)}."
     )
     false_alarms: float = Field(0.01, gt=0, le=0.5)

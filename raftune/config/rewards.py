@@ -47,7 +47,7 @@ class RewardSpec(ConfigSection):
 class RewardsConfig(ConfigSection):
     """The rewards of a run. A sample that a reward fails to score is never selected."""
 
-    reward_funcs: Annotated[tuple[RewardSpec, ...], OneOrMore] = ()
+    reward_funcs: Annotated[tuple[RewardSpec, ...], OneOrMore()] = ()
     """The rewards; the score is the weighted sum of their parts."""
     combine: Literal["sum", "rank"] = "sum"
     """The score: the weighted sum of the parts (sum), or of each part's rank among the prompt's candidates, from 0

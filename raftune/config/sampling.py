@@ -9,6 +9,13 @@ from pydantic import Field, model_validator
 from raftune.config.base import ConfigSection
 from raftune.config.extensions import SPEC, code_hash, load_extension
 
+# The form {kind, options} of `backend` in the JSON schema.
+BACKEND_SECTION: dict[str, Any] = {
+    "type": ["string", "object"],
+    "properties": {"kind": {"type": "string"}, "options": {"type": "object"}},
+    "additionalProperties": False,
+}
+
 
 class TeacherConfig(ConfigSection):
     """A second model whose completions join the candidates. It is loaded after the policy is released."""
@@ -48,7 +55,9 @@ class SamplingConfig(ConfigSection):
     unusable_prompts: Literal["refuse", "drop"] = "refuse"
     """Prompts that the model cannot read (too long, refused by its chat template): refuse names them before generation,
     drop leaves them out and records them."""
-    backend: str = Field("auto", pattern=f"^(auto|shared_prefix|hf_generate)$|{SPEC}")
+    backend: str = Field(
+        "auto", pattern=f"^(auto|shared_prefix|hf_generate)$|{SPEC}", json_schema_extra=BACKEND_SECTION
+    )
     """shared_prefix (each prompt is computed once), hf_generate, auto (the first of the two that passes a parity
     check), or a custom backend (file.py:NAME, module:NAME)."""
     backend_options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom backend.")
