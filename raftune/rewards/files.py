@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,6 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from raftune.arrays import FloatArray
 from raftune.data.columns import COMPLETION, PROMPT, Form, find, has, read_answer, read_prompt
 from raftune.data.feedback import read_preferences
 from raftune.data.images import SUFFIXES, image_of, is_picture, sha256_of_png
@@ -24,7 +24,7 @@ from raftune.errors import DataError
 from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_by_key
 from raftune.records import Row, Score, ScoreStatus
 from raftune.rewards.batch import RESERVED, RewardBatch
-from raftune.rewards.outcome import FAILED, FailureTally
+from raftune.rewards.outcome import FAILED, excerpt
 from raftune.rewards.panel import RewardSet
 from raftune.sanitize import counted
 from raftune.store.files import stage_file
@@ -32,6 +32,7 @@ from raftune.store.parquet import write_table
 
 CHUNK = 256  # completions in one call of the reward set, which cuts them into calls of the rewards
 OWN = ("row", "score", "status", "detail")
+EXAMPLES = 3  # failures that are shown
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 IMAGE = ("image", "completion")  # columns that may hold an image, or the path of one
 CAPTION = ("prompt", "caption", "text")
@@ -78,20 +79,6 @@ class ImageFiles(Sequence[Any]):
         return image_of(source if isinstance(source, bytes) else source.read_bytes())
 
 
-@dataclass(frozen=True)
-class FileScores:
-    """The scores of a file's completions, and what failed."""
-
-    answers: CompletionFile
-    scores: list[Score]
-    failures: FailureTally
-
-    @property
-    def values(self) -> FloatArray:
-        """(N,) scores; NaN where there is none."""
-        return np.array([math.nan if s.value is None else s.value for s in self.scores], dtype=np.float64)
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -100,10 +87,7 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
 
     Raises DataError if none can be read.
     """
-    path = Path(source).expanduser()
-    base = path if path.is_dir() else path.parent  # where paths of images begin
-    images = is_folder(source)
-    rows = folder_rows(path, field) if images else raw_rows(source, split, field)
+    path, images = Path(source).expanduser(), is_folder(source)
     if not images:
         first = next((row for _, row in islice(raw_rows(source, split, field), 100) if isinstance(row, dict)), {})
         images = holds_image(first)
@@ -113,24 +97,22 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
             prompts = [pair.prompt for pair in feedback.rows for _ in (0, 1)]
             texts = [text for pair in feedback.rows for text in (pair.chosen, pair.rejected)]
             return CompletionFile(numbers, prompts, texts, {}, True, feedback.skipped, tuple(feedback.words()))
+    read = partial(_read_image, base=path if path.is_dir() else path.parent) if images else _read_completion
     kept: list[tuple[int, Any, Any, Any, dict[str, Any]]] = []
     skipped: list[SkippedRow] = []
-    for number, raw in rows:
+    for number, raw in folder_rows(path, field) if is_folder(source) else raw_rows(source, split, field):
         try:
             if isinstance(raw, dict):
-                kept.append((number, *(_read_image(raw, base) if images else _read_completion(raw))))
+                kept.append((number, *read(raw)))
             else:
                 skipped.append(raw)
         except UnusableRow as error:
             skipped.append(SkippedRow(number, error.reason, error.detail))
     if not kept:
         why = "; ".join(reasons(skipped)) or "there are none"
-        if not images:
-            raise DataError(
-                f"{field} must hold prompts with completions, or preferences; all rows were skipped: {why}."
-            )
-        first_detail = f" ({skipped[0].detail})" if skipped else ""
-        raise DataError(f"{field} must hold images with prompts; all rows were skipped: {why}{first_detail}.")
+        content = "images with prompts" if images else "prompts with completions, or preferences"
+        detail = f" ({skipped[0].detail})" if skipped and images else ""
+        raise DataError(f"{field} must hold {content}; all rows were skipped: {why}{detail}.")
     numbers, prompts, completions, names, others = (list(part) for part in zip(*kept, strict=True))
     columns = {
         name: [row.get(name) for row in others] for name in dict.fromkeys(name for row in others for name in row)
@@ -225,39 +207,45 @@ def folder_rows(folder: Path, field: str) -> Iterator[tuple[int, Row | SkippedRo
 
 def score_answers(
     panel: RewardSet, answers: CompletionFile, observe: Callable[[int, int], None] = lambda done, of: None
-) -> FileScores:
-    """Every completion scored, in the order of the file; what fails is counted, and raises nothing."""
+) -> list[Score]:
+    """A score for each completion, in the order of the file. A failure is a status, and raises nothing."""
     scores: list[Score] = []
-    failures = FailureTally()
     columns = {name: values for name, values in answers.columns.items() if name not in RESERVED}
     batch = RewardBatch(answers.prompts, cast("list[Any]", answers.completions), columns)
     for start in range(0, len(batch), CHUNK):
-        part = batch.take(range(start, min(start + CHUNK, len(batch))))
-        for score, prompt, completion in zip(panel.score(part), part.prompts, part.completions, strict=True):
-            failures.add(score.status, detail_of(score), prompt, completion)
-            scores.append(score)
+        scores += panel.score(batch.take(range(start, min(start + CHUNK, len(batch)))))
         observe(len(scores), len(batch))
-    return FileScores(answers, scores, failures)
+    return scores
 
 
-def detail_of(score: Score) -> str:
-    return "; ".join(part.detail for part in score.parts.values() if part.detail)
+def failures(answers: CompletionFile, scores: Sequence[Score]) -> dict[str, tuple[str, str, str]]:
+    """By detail, the status, prompt and completion of the first sample that failed with it; three at most."""
+    examples: dict[str, tuple[str, str, str]] = {}
+    for i, score in enumerate(scores):
+        detail = detail_of(score)
+        if score.status in FAILED and detail not in examples and len(examples) < EXAMPLES:
+            examples[detail] = (score.status.value, excerpt(answers.prompts[i]), excerpt(answers.completions[i]))
+    return examples
 
 
-def summary(scored: FileScores) -> dict[str, Any]:
+def detail_of(*scores: Score) -> str:
+    return "; ".join(part.detail for score in scores for part in score.parts.values() if part.detail)
+
+
+def summary(answers: CompletionFile, scores: Sequence[Score]) -> dict[str, Any]:
     """Counts by status, mean with its interval over prompts, spread; of preferences how often the preferred wins."""
-    values = scored.values
-    prompts = numbers_by_key(pa.array([json.dumps(prompt, sort_keys=True) for prompt in scored.answers.prompts]))
+    values = np.array([math.nan if score.value is None else score.value for score in scores], dtype=np.float64)
+    prompts = numbers_by_key(pa.array([json.dumps(prompt, sort_keys=True) for prompt in answers.prompts]))
     finite = values[np.isfinite(values)]
     facts: dict[str, Any] = {
         "answers": len(values),
-        "skipped": len(scored.answers.skipped),
-        "statuses": dict(Counter(score.status.value for score in scored.scores)),
+        "skipped": len(answers.skipped),
+        "statuses": dict(Counter(score.status.value for score in scores)),
         "score": interval(mean_by_prompt(prompts, values)),
         "std": float(finite.std()) if len(finite) else None,
         "quantiles": {f"{q:g}": float(np.quantile(finite, q)) for q in QUANTILES} if len(finite) else {},
     }
-    if scored.answers.pairs:
+    if answers.pairs:
         margins = values[::2] - values[1::2]
         right = np.where(np.isfinite(margins), (np.sign(margins) + 1) / 2, np.nan)
         facts["accuracy"] = interval(mean_by_prompt(prompts[::2], right))
@@ -265,9 +253,9 @@ def summary(scored: FileScores) -> dict[str, Any]:
     return facts
 
 
-def write_scored(scored: FileScores, out: Path) -> None:
+def write_scored(answers: CompletionFile, scores: Sequence[Score], out: Path) -> None:
     """Writes a row a completion, or a row a pair, as Parquet or JSON lines, by the suffix."""
-    rows = list(pair_rows(scored) if scored.answers.pairs else answer_rows(scored))
+    rows = list((pair_rows if answers.pairs else answer_rows)(answers, scores))
 
     def as_json(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, default=str)
@@ -286,22 +274,20 @@ def write_scored(scored: FileScores, out: Path) -> None:
             path.write_text("".join(f"{as_json(row)}\n" for row in rows), encoding="utf-8")
 
 
-def answer_rows(scored: FileScores) -> Iterable[dict[str, Any]]:
+def answer_rows(answers: CompletionFile, scores: Sequence[Score]) -> Iterator[dict[str, Any]]:
     """The row as it was read and its score; a column of the file that has such a name is kept as `given_NAME`."""
-    answers = scored.answers
     names = {name: f"given_{name}" if name in OWN else name for name in answers.columns}
     written = answers.completions if answers.written is None else answers.written
-    for i, score in enumerate(scored.scores):
+    for i, score in enumerate(scores):
         others = {names[name]: values[i] for name, values in answers.columns.items()}
         sample = {"row": answers.rows[i], "prompt": answers.prompts[i], "completion": written[i]}
         yield {**sample, **others, "score": score.value, "status": score.status.value, "detail": detail_of(score)}
 
 
-def pair_rows(scored: FileScores) -> Iterable[dict[str, Any]]:
+def pair_rows(answers: CompletionFile, scores: Sequence[Score]) -> Iterator[dict[str, Any]]:
     """Both completions with their scores; `margin` is by how much the preferred one is ahead."""
-    answers = scored.answers
-    for i in range(0, len(scored.scores), 2):
-        chosen, rejected = scored.scores[i : i + 2]
+    for i in range(0, len(scores), 2):
+        chosen, rejected = scores[i : i + 2]
         margin = None if chosen.value is None or rejected.value is None else chosen.value - rejected.value
         status = ScoreStatus.NOT_APPLICABLE if margin is None else ScoreStatus.OK
         status = next((score.status for score in (chosen, rejected) if score.status in FAILED), status)
@@ -314,5 +300,5 @@ def pair_rows(scored: FileScores) -> Iterable[dict[str, Any]]:
             "score_rejected": rejected.value,
             "margin": margin,
             "status": status.value,
-            "detail": "; ".join(filter(None, map(detail_of, (chosen, rejected)))),
+            "detail": detail_of(chosen, rejected),
         }

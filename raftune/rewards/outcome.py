@@ -12,8 +12,8 @@ import os
 import re
 import sysconfig
 import traceback
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -24,9 +24,8 @@ import numpy as np
 
 from raftune.config.secrets import masked
 from raftune.data.classifier_inputs import text_of
-from raftune.records import RewardPart, Score, ScoreStatus
+from raftune.records import RewardPart, ScoreStatus
 from raftune.rewards.batch import RewardBatch, RewardLog, is_image, keywords
-from raftune.sanitize import counted
 from raftune.store.interruption import interrupting
 
 # Code that is not the user's: raftune's own, the standard library's, what is installed.
@@ -36,7 +35,6 @@ LONGEST_DETAIL = 300
 REAL = (numbers.Real, Decimal)
 LISTS = (Sequence, deque, GeneratorType, map)  # what gives its values in the order in which they were made
 FAILED = frozenset({ScoreStatus.ERROR, ScoreStatus.TIMEOUT, ScoreStatus.INVALID})
-EXAMPLES = 3
 LACKS = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 
@@ -217,53 +215,6 @@ def _part(value: Any) -> RewardPart:
 def _shown(value: Any) -> str:
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", masked(" ".join(repr(value).split())))
     return text if len(text) <= 60 else text[:59] + "…"
-
-
-@dataclass
-class FailureTally:
-    """A tally over a round, fed sample by sample: counts by status, and the first example of each of three details."""
-
-    total: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, tuple[str, str, str]] = field(default_factory=dict)
-
-    def add(self, status: ScoreStatus, detail: str, prompt: Any, completion: Any) -> None:
-        """Counts one sample; a part that does not apply is no failure."""
-        self.total += 1
-        if status not in FAILED:
-            return
-        self.counts[status.value] += 1
-        if detail not in self.examples and len(self.examples) < EXAMPLES:
-            self.examples[detail] = (status.value, excerpt(prompt), excerpt(completion))
-
-    @property
-    def fraction(self) -> float:
-        """Failed samples among all, in [0, 1]; 0 without samples."""
-        return sum(self.counts.values()) / self.total if self.total else 0.0
-
-    def message(self, limit: float) -> str | None:
-        """What to tell when the share of failures exceeds the limit; None where it does not."""
-        if self.fraction <= limit:
-            return None
-        kinds = ", ".join(f"{count} {status}" for status, count in sorted(self.counts.items()))
-        head = f"{sum(self.counts.values())} of {counted(self.total, 'sample')} could not be scored ({kinds})"
-        lines = [f"{head}; rewards.max_failure_fraction is {limit:g}."]
-        for detail, (status, prompt, completion) in self.examples.items():
-            lines += [f"  {status}: {detail}", f"    prompt: {prompt}", f"    completion: {completion}"]
-        if set(self.counts) == {ScoreStatus.TIMEOUT.value}:
-            lines.append("If the reward is only slow, raise rewards.timeout or lower rewards.batch_size.")
-        else:
-            lines.append("Fix the reward, try it with `raftune reward check`, and resume; what was generated is kept.")
-        return "\n".join(lines)
-
-
-def failure_message(scores: Sequence[Score], samples: Iterable[tuple[Any, Any]], limit: float) -> str | None:
-    """`FailureTally.message` for scores and their (prompt, completion) pairs."""
-    tally = FailureTally()
-    for score, (prompt, completion) in zip(scores, samples, strict=True):
-        detail = "; ".join(f"{name}: {part.detail}" for name, part in score.parts.items() if part.detail)
-        tally.add(score.status, detail, prompt, completion)
-    return tally.message(limit)
 
 
 def excerpt(content: Any, length: int = 80) -> str:

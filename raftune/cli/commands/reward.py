@@ -19,9 +19,10 @@ from raftune.runtime.progress import StepProgress
 from raftune.sanitize import counted, percent, shell_command
 
 if TYPE_CHECKING:
+    from raftune.records import Score
     from raftune.reward_models.training import RewardTrainingOutcome
     from raftune.rewards import CheckReport, RewardBatch
-    from raftune.rewards.files import FileScores
+    from raftune.rewards.files import CompletionFile
     from raftune.rewards.registry import BuiltInReward, RewardOption
 
 MOST = 256  # samples that are tried
@@ -105,20 +106,20 @@ def read_samples(source: str) -> RewardBatch:
     from raftune.rewards.files import holds_image, is_folder, read_answers
 
     table = None if is_folder(source) else read_rows(source, field="--samples")
-    if table is None or (table.num_rows and holds_image(table.slice(0, 1).to_pylist()[0])):
-        rows = read_answers(source, field="--samples")
-        batch = RewardBatch(rows.prompts, cast("list[Any]", rows.completions), rows.columns)
-        return batch.take(range(min(MOST, len(rows.completions))))
-    if missing := [name for name in ("prompt", "completion") if name not in table.column_names]:
-        raise DataError(
-            f"--samples must have the columns prompt and completion; {missing[0]} is missing from "
-            f"{', '.join(table.column_names)}. `raftune export --format sft` writes such a file."
-        )
-    columns = table.slice(0, MOST).to_pydict()
-    prompts, completions = columns.pop("prompt"), columns.pop("completion")
-    if not completions:
-        raise DataError(f"--samples must hold at least one sample; {Path(source).name} has none.")
-    return RewardBatch(prompts, completions, columns)
+    if table is not None and not holds_image(next(iter(table.slice(0, 1).to_pylist()), {})):
+        if missing := [name for name in ("prompt", "completion") if name not in table.column_names]:
+            raise DataError(
+                f"--samples must have the columns prompt and completion; {missing[0]} is missing from "
+                f"{', '.join(table.column_names)}. `raftune export --format sft` writes such a file."
+            )
+        columns = table.slice(0, MOST).to_pydict()
+        prompts, completions = columns.pop("prompt"), columns.pop("completion")
+        if not completions:
+            raise DataError(f"--samples must hold at least one sample; {Path(source).name} has none.")
+        return RewardBatch(prompts, completions, columns)
+    rows = read_answers(source, field="--samples")
+    batch = RewardBatch(rows.prompts, cast("list[Any]", rows.completions), rows.columns)
+    return batch.take(range(min(MOST, len(rows.completions))))
 
 
 def starter_samples(spec: str, images: bool) -> RewardBatch | None:
@@ -204,6 +205,7 @@ def score(
     from raftune.rewards.batch import check_media
     from raftune.rewards.files import read_answers, score_answers, summary, write_scored
     from raftune.rewards.loading import load_panel
+    from raftune.rewards.outcome import FAILED
     from raftune.starters.resolve import IMAGES, resolve_reward
 
     target = None if out is None else Path(out).expanduser()
@@ -224,23 +226,26 @@ def score(
             steps.advance(done, of)
             watch("progress", {})
 
-        scored = score_answers(rewards, rows, observe)
+        scores = score_answers(rewards, rows, observe)
     if target is not None:
-        write_scored(scored, target)
-    result = summary(scored)
+        write_scored(rows, scores, target)
+    result = summary(rows, scores)
     if as_json:
         print(json.dumps({**result, "out": out}))
     else:
-        show_scores(scored, result, out)
-    if scored.failures.fraction > MOST_FAILED:
+        show_scores(rows, scores, result, out)
+    failed = sum(score.status in FAILED for score in scores)
+    if failed > MOST_FAILED * len(scores):
         raise RewardError(
-            f"{sum(scored.failures.counts.values()):,} of {counted(len(scored.scores), 'answer')} could not be scored. "
+            f"{failed:,} of {counted(len(scores), 'answer')} could not be scored. "
             f"Fix the reward: `{shell_command('raftune', 'reward', 'check', spec)}` shows what it does."
         )
 
 
-def show_scores(scored: FileScores, result: dict[str, Any], out: str | None) -> None:
-    echo(*scored.answers.words)
+def show_scores(rows: CompletionFile, scores: list[Score], result: dict[str, Any], out: str | None) -> None:
+    from raftune.rewards.files import failures
+
+    echo(*rows.words)
     echo("  statuses   " + ", ".join(f"{count:,} {status}" for status, count in sorted(result["statuses"].items())))
     if result["score"]:
         low, middle, high = (result["quantiles"][name] for name in ("0.05", "0.5", "0.95"))
@@ -251,7 +256,7 @@ def show_scores(scored: FileScores, result: dict[str, Any], out: str | None) -> 
     if result.get("accuracy"):
         pairs = counted(result["pairs"], "pair")
         echo(f"  accuracy   {spread(result['accuracy'])}: the preferred answer scores higher, {pairs}")
-    for detail, (status, prompt, completion) in scored.failures.examples.items():
+    for detail, (status, prompt, completion) in failures(rows, scores).items():
         echo(f"  {status}: {detail}", style="yellow")
         echo(f"    prompt {prompt!r}, completion {completion!r}")
     if out is not None:

@@ -17,7 +17,7 @@ import pytest
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigError
 from raftune.records import Score, ScoreStatus
-from raftune.rewards import RewardBatch, RewardSet, failure_message, load_panel, load_reward
+from raftune.rewards import RewardBatch, RewardSet, load_panel, load_reward
 from raftune.rewards.builtin.length import LengthReward
 from raftune.rewards.resolve import FunctionReward
 from raftune.store import interruption
@@ -319,33 +319,6 @@ def test_the_reward_set_s_fingerprint_follows_names_weights_and_rewards() -> Non
     ]
     assert len(set(prints)) == 5
     assert of(one) == of(LengthReward(max=3), timeouts=3.0, retries=2)
-
-
-def test_the_message_about_failures_counts_them_by_status_and_shows_three_kinds() -> None:
-    details = [f"returned nan number {i}" for i in range(5)]
-    scores = score([FunctionReward(_fails_by_column)], batch(8, how=[*details, "ok", "ok", "none"]), batch_size=1)
-    pairs = [(f"What is {i}?", [{"role": "assistant", "content": f"It\nis {'long ' * 50}"}]) for i in range(8)]
-    message = failure_message(scores, pairs, 0.5)
-    assert message is not None
-    assert message.startswith("5 of 8 samples could not be scored (5 error); rewards.max_failure_fraction is 0.5.")
-    assert message.count("completion: It is long") == 3
-    assert "error: r0: ValueError: returned nan number 0" in message
-    assert "prompt: What is 0?" in message
-    assert max(map(len, message.splitlines())) < 130
-
-
-def test_failures_up_to_the_limit_are_no_message() -> None:
-    scores = score([gives(1, math.nan)], batch(2))
-    assert failure_message(scores, [("q", "a")] * 2, 0.5) is None
-    assert failure_message(scores, [("q", "a")] * 2, 0.4) is not None
-    assert failure_message(score([gives(None, None)], batch(2)), [("q", "a")] * 2, 0.0) is None
-    assert failure_message([], [], 0.0) is None
-
-
-def _fails_by_column(completions: list[str], how: list[str], **kwargs: Any) -> list[float | None]:
-    if how[0] not in ("ok", "none"):
-        raise ValueError(how[0])
-    return [None if how[0] == "none" else 1.0]
 
 
 def test_a_reward_that_leaves_the_working_folder_leaves_it_for_itself_alone(
