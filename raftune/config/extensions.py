@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from raftune.config.secrets import masked
 from raftune.errors import ConfigError
 
 SPEC = r".+:.+"  # the pattern of a field that names such code
@@ -50,7 +51,7 @@ def load_extension(
         if not any(callable(vars(base).get(name)) for base in cls.__mro__):
             raise ConfigError(f"{field}: the class {spec} lacks the method `{name}{signature}`. {GUIDE}")
     try:
-        made = made_by(cls) if made_by is not None else _with_options(cls, spec, options_field, options)
+        made = made_by(cls) if made_by is not None else with_options(cls, spec, options_field, options)
     except ConfigError:
         raise
     except Exception as error:
@@ -70,7 +71,7 @@ def load_extension(
     return made
 
 
-def _with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, Any]) -> Any:
+def with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, Any]) -> Any:
     """An instance of the class: a pydantic model or a dataclass validates its options; any other takes keywords."""
     parameters = inspect.signature(cls).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -90,7 +91,9 @@ def _with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, A
         first = error.errors()[0]
         option = ".".join([field, *(str(part) for part in first["loc"])])
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise ConfigError(f"{option} of {spec}: {message}; got {first['input']!r}. Change it.") from None
+        raise ConfigError(f"{option} of {spec}: {message}; got {masked(repr(first['input']))}. Change it.") from None
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"{field}: {spec} cannot be made with {dict(options)}: {error}. Change the options."

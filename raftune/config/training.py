@@ -10,11 +10,11 @@ from raftune.config.base import ConfigSection, tag_of
 from raftune.config.extensions import SPEC
 
 # Of transformers' TrainingArguments: what shapes a fit and is neither a field below nor set by raftune.
-TRAINER_KWARGS = {
+TRAINER_KWARGS = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs"),
     *("neftune_noise_alpha", "fp16", "tf32", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
     "dataloader_drop_last",
-}
+)
 
 
 class ReferenceConfig(ConfigSection):
@@ -86,7 +86,7 @@ class TrainingConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _trainer_kwargs_take_effect(self) -> TrainingConfig:
-        if unknown := sorted(set(self.trainer_kwargs) - TRAINER_KWARGS):
+        if unknown := sorted(set(self.trainer_kwargs).difference(TRAINER_KWARGS)):
             raise ValueError(
                 f"trainer_kwargs may hold {', '.join(sorted(TRAINER_KWARGS))}; got {unknown[0]!r}. Use the field of "
                 "the configuration where there is one; what else Trainer takes has no effect on a round: leave it out."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -14,11 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from raftune.config.extensions import module_from_file
+from raftune.config.extensions import module_from_file, with_options
 from raftune.config.rewards import RewardSpec, derived_name
-from raftune.config.secrets import expanded, masked
+from raftune.config.secrets import expanded
 from raftune.errors import ConfigError, RewardError
 from raftune.protocols import Reward
 from raftune.rewards import fingerprint
@@ -42,7 +39,7 @@ def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
         name, source = _model_reward(spec)
         cls, options = BUILT_IN[name], {"model": source, **spec.options}
     options = expanded(options, f"rewards.options of {spec.spec!r}")
-    reward: Reward = with_options(cls, spec.spec, options).load(spec.derived_name, device)
+    reward: Reward = with_options(cls, spec.spec, "rewards.options", options).load(spec.derived_name, device)
     return reward
 
 
@@ -58,24 +55,6 @@ def is_function(spec: str) -> bool:
         return False
     here = Path(parts[0]).is_dir() or Path(f"{parts[0]}.py").is_file()  # a reward's own process looks here as well
     return here or importlib.util.find_spec(parts[0]) is not None
-
-
-def with_options(cls: type[Any], spec: str, options: dict[str, Any]) -> Any:
-    """The dataclass with these options. Raises ConfigError for an option that is unknown or has a wrong value."""
-    names = [field.name for field in dataclasses.fields(cls) if field.init]
-    for key in options:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
-            raise ConfigError(f"rewards.options: {spec!r} has no option {key!r}; {hint}")
-    try:
-        return TypeAdapter(cls).validate_python(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "options"
-        raise ConfigError(
-            f"rewards.options.{field} of {spec!r}: {first['msg'].lower()}; got {masked(repr(first['input']))}"
-        ) from None
 
 
 def _model_reward(spec: RewardSpec) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from raftune.config.load import merge, nested, validate
+from raftune.config.training import TRAINER_KWARGS
 from raftune.errors import ConfigError
 from raftune.sanitize import first_line
 from raftune.trainer.arguments import MAPPED, BorrowedArguments, default_of, unknown, unread
@@ -57,12 +58,6 @@ _OF_TRAINER = {
     "eval_dataset": "evaluation.prompts",
     "reward_funcs": "rewards.reward_funcs",
 }
-# Passed on to transformers' Trainer where they differ from its defaults.
-PASSED_ON = (
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs"),
-    *("neftune_noise_alpha", "fp16", "tf32", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
-    "dataloader_drop_last",
-)
 # Read by RaftTrainer itself.
 OWN = (
     "strict",
@@ -179,7 +174,7 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
         for name in ("checkpointing", "checkpointing_kwargs"):  # the older name without transformers' warning
             if getattr(self, f"activation_{name}", None) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
-        known = [*TABLE, *PASSED_ON, *OWN, *MAPPED]
+        known = [*TABLE, *TRAINER_KWARGS, *OWN, *MAPPED]
         refused, without = unread(self, TrainingArguments, known)
         refused += unknown(getattr(self, "_unknown", ()), known)
         faults: list[str] = []
@@ -270,7 +265,7 @@ def run_of(args: RaftConfig, inputs: Mapping[str, Any]) -> Any:
     flat = {TABLE[name]: value for name, value in values.items() if value is not None}
     if args.max_prompt_length is not None:
         flat["sampling.max_prompt_length"] = args.max_prompt_length
-    passed = {n: getattr(args, n) for n in PASSED_ON if getattr(args, n) != default_of(TrainingArguments, n)}
+    passed = {n: getattr(args, n) for n in TRAINER_KWARGS if getattr(args, n) != default_of(TrainingArguments, n)}
     flat |= {"name": _slug(Path(str(args.output_dir)).name), "training.trainer_kwargs": passed}
     if isinstance(args.selection, str) and not args.selection.startswith("{"):
         selection = {"rule": args.selection}

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raftune.config import validate
-from raftune.config.extensions import module_from_file
+from raftune.config.extensions import module_from_file, with_options
 from raftune.config.load import declared
 from raftune.config.rewards import RewardSpec
 from raftune.config.sampling import SamplingConfig, load_backend
@@ -24,7 +24,7 @@ from raftune.errors import ConfigError, ExtensionError
 from raftune.policies.causal_lm import CausalLM
 from raftune.records import Prompt
 from raftune.rewards.registry import BUILT_IN
-from raftune.rewards.resolve import resolve, with_options
+from raftune.rewards.resolve import resolve
 from raftune.runtime.assembly import PythonObjects, open_runtime
 from raftune.runtime.run import run
 from raftune.selection import Candidates, load_rule, select
@@ -63,7 +63,7 @@ def test_the_rewards_of_the_page_give_numbers(files: Path) -> None:
     assert reward(prompts=["a", "a"], completions=["Thanks!", "please"]) == [1.0, 0.0]
     try:
         module_from_file(Path("shouting.py"))
-        made = with_options(BUILT_IN["shouting"], "shouting", {"penalty": 2.0})
+        made = with_options(BUILT_IN["shouting"], "shouting", "options", {"penalty": 2.0})
         assert made.name == "shouting"
         assert made(prompts=["", ""], completions=["AB", "ab"]) == [-2.0, 0.0]
         assert [option.name for option in BUILT_IN["shouting"].option_list()] == ["penalty"]

@@ -101,10 +101,10 @@ def test_a_spec_that_names_nothing_is_refused_with_what_there_is(rules: Path, sp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"taget": 3}, r"'length' has no option 'taget'; did you mean 'target'\?"),
-        ({"fingerprint": "x"}, "'length' has no option 'fingerprint'; there are: target, min, max, unit"),
-        ({"target": "long"}, "rewards.options.target of 'length': input should be a valid number.*; got 'long'"),
-        ({"target": 3, "unit": "lines"}, "rewards.options.unit of 'length'.*; got 'lines'"),
+        ({"taget": 3}, r"rewards.options.taget is not an option of length; did you mean 'target'\?"),
+        ({"fingerprint": "x"}, "rewards.options.fingerprint is not an option of length; it has target, min, max, unit"),
+        ({"target": "long"}, "rewards.options.target of length: input should be a valid number.*; got 'long'"),
+        ({"target": 3, "unit": "lines"}, "rewards.options.unit of length.*; got 'lines'"),
     ],
 )
 def test_an_option_that_a_built_in_does_not_know_is_refused(options: dict[str, Any], said: str) -> None:

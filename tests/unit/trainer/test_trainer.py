@@ -20,10 +20,11 @@ from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 import raftune
+from raftune.config.training import TRAINER_KWARGS
 from raftune.errors import ConfigError, DataError, ModelError
 from raftune.trainer import RaftConfig, RaftTrainer
 from raftune.trainer.arguments import BORROWED, MAPPED, ONLY_WITH, QUIET, REFUSED, WITHOUT, default_of
-from raftune.trainer.config import OWN, PASSED_ON, TABLE, flat_names, run_of
+from raftune.trainer.config import OWN, TABLE, flat_names, run_of
 from raftune.trainer.inputs import prompt_inputs, reward_inputs, table_hash
 from raftune.trainer.models import adapter_section, model_hash, model_inputs, tokenizer_hash
 from tests.builders import tiny_llama, tiny_tokenizer
@@ -34,7 +35,7 @@ GIVEN = {"policy": {"family": "causal_lm", "model": "-"}, "data": {"prompts": "-
 ROWS = [{"prompt": f"say {number}"} for number in range(12)]
 INHERITED = {field.name for field in dataclasses.fields(TrainingArguments)}
 OF_GRPO = sorted({field.name for field in dataclasses.fields(GRPOConfig)} - INHERITED)
-READ = {*TABLE, *PASSED_ON, *OWN}
+READ = {*TABLE, *TRAINER_KWARGS, *OWN}
 # A value of each mapped argument that is not its default.
 CHANGED: dict[str, Any] = {
     "output_dir": "elsewhere",

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from raftune.cli import main
+from raftune.config.extensions import with_options
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards.loading import load_reward
 from raftune.rewards.registry import BUILT_IN
-from raftune.rewards.resolve import with_options
 
 DOCS = Path(__file__).parents[4] / "docs"
 
@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[4] / "docs"
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_the_example_of_a_built_in_reward_works_and_every_option_says_what_it_means(name: str) -> None:
     reward = BUILT_IN[name]
-    given = with_options(reward, name, dict(reward.example))
+    given = with_options(reward, name, "options", dict(reward.example))
     for key, value in reward.example.items():
         assert getattr(given, key) == (tuple(value) if isinstance(value, list) else value)
     assert [option.name for option in reward.option_list() if not option.meaning] == []
