@@ -92,28 +92,28 @@ ELSEWHERE = {"status": "runs", "list": "runs", "ls": "runs", "log": "runs", "wha
 
 def unknown_command(app: App, tokens: list[str]) -> str | None:
     """An error if a word in the place of a command is none. It is checked first, because --help would hide it."""
-    place = "raftune"
+    command = "raftune"
     for word in tokens:
-        known = [name for name in app if not name.startswith("-")]
-        if word.startswith("-") or not known:
+        names = [name for name in app if not name.startswith("-")]
+        if word.startswith("-") or not names:
             return None
-        if word not in known:
-            elsewhere = [name for name in [ELSEWHERE.get(word)] if name in known]
-            close = elsewhere or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
-            return f"{word!r} is not a command of {place}; {hint}"
-        app, place = app[word], f"{place} {word}"
+        if word not in names:
+            elsewhere = [name for name in [ELSEWHERE.get(word)] if name in names]
+            close = elsewhere or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}."
+            return f"{word!r} is not a command of {command}; {hint}"
+        app, command = app[word], f"{command} {word}"
     return None
 
 
 def usage_message(error: CycloptsError, tokens: list[str]) -> str:
     from cyclopts import MissingArgumentError, UnusedCliTokensError, ValidationError
 
-    place = " ".join(["raftune", *[token for token in tokens if not token.startswith("-")][:1]])
+    command = " ".join(["raftune", *[token for token in tokens if not token.startswith("-")][:1]])
     message = str(error).strip().rstrip(".")
     message = f"{message[:1].lower()}{message[1:]}{'' if message.endswith('?') else '.'}"
     if isinstance(error, UnusedCliTokensError):
-        message = f"{place} takes no further argument; got {' '.join(error.unused_tokens or ())!r}."
+        message = f"{command} takes no further argument; got {' '.join(error.unused_tokens or ())!r}."
     elif isinstance(error, ValidationError) and error.argument is not None:  # "Must be >= 1."
         rule = (
             error.exception_message.rstrip(".").replace(">=", "at least").replace("<=", "at most").replace(">", "above")
@@ -122,8 +122,8 @@ def usage_message(error: CycloptsError, tokens: list[str]) -> str:
     elif isinstance(error, MissingArgumentError) and error.argument is not None and not error.tokens_so_far:
         is_flag = error.argument.field_info.kind is inspect.Parameter.KEYWORD_ONLY
         name = error.argument.name if is_flag else error.argument.name.removeprefix("--").upper()
-        message = f"{place} needs {name}; got none."
-    return f"{message} `{place} --help` explains it."
+        message = f"{command} needs {name}; got none."
+    return f"{message} `{command} --help` explains it."
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

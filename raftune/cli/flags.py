@@ -66,7 +66,7 @@ class ParsedFlags(NamedTuple):
 
 
 def read_tokens(
-    tokens: Sequence[str], command: str, options: Sequence[str] = (), whole: type[BaseModel] = RunConfig
+    tokens: Sequence[str], command: str, options: Sequence[str] = (), config: type[BaseModel] = RunConfig
 ) -> ParsedFlags:
     """Sorts tokens into words and flags of this configuration.
 
@@ -82,17 +82,17 @@ def read_tokens(
             continue
         flag, equals, value = token.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        kinds = kinds_of(name, whole)
-        if not kinds and name.startswith("no_") and bool in kinds_of(name[3:], whole):
+        kinds = kinds_of(name, config)
+        if not kinds and name.startswith("no_") and bool in kinds_of(name[3:], config):
             flags[name[3:]] = "false"
             continue
         new = ".".join(RENAMED.get(part, part) for part in name.split("."))
-        if not kinds and kinds_of(new, whole):
+        if not kinds and kinds_of(new, config):
             raise ConfigError(f"{flag} is called --{new} since raftune 0.2. Rename it.")
         if not kinds or not flag.startswith("--"):
-            raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options, whole)}")
+            raise ConfigError(f"{flag} is not a flag of `raftune {command}`; {hint(name, options, config)}")
         if all(kind is NoneType for kind in kinds) and (value if equals else " ".join(queue[:1])).lower() not in EMPTY:
-            raise ConfigError(f"{flag} takes no value but null; {hint(name, options, whole)}")
+            raise ConfigError(f"{flag} takes no value but null; {hint(name, options, config)}")
         if not equals:
             if bool in kinds and not (queue and queue[0].lower() in BOOLEANS):
                 value = "true"
@@ -113,10 +113,10 @@ def read_run_flags(tokens: Sequence[str], command: str, options: Sequence[str], 
 
 
 def read_data_flags(
-    tokens: Sequence[str], command: str, options: Sequence[str], whole: type[BaseModel], field: str
+    tokens: Sequence[str], command: str, options: Sequence[str], config: type[BaseModel], field: str
 ) -> tuple[list[str], dict[str, Any]]:
     """The YAML files, and the flags with the data set in `field`. Raises ConfigError for two data sets, or nothing."""
-    words, flags = read_tokens(tokens, command, options, whole)
+    words, flags = read_tokens(tokens, command, options, config)
     files = [word for word in words if word.endswith((".yaml", ".yml"))]
     data = [word for word in words if word not in files]
     if not words and not flags:
@@ -129,11 +129,13 @@ def read_data_flags(
 
 
 @functools.cache
-def kinds_of(name: str, whole: type[BaseModel]) -> Sequence[Any]:
+def kinds_of(name: str, config: type[BaseModel]) -> Sequence[Any]:
     """The types that the dotted field may have; none if it is no field, a required section, or inside a list."""
-    fields = list(fields_of(whole, sections=True))
-    kinds = [kind for known, field in fields if known == name for kind in alternatives(field.annotation)]
-    outer = [kind for known, field in fields if name.startswith(f"{known}.") for kind in alternatives(field.annotation)]
+    fields = list(fields_of(config, sections=True))
+    kinds = [kind for dotted, field in fields if dotted == name for kind in alternatives(field.annotation)]
+    outer = [
+        kind for dotted, field in fields if name.startswith(f"{dotted}.") for kind in alternatives(field.annotation)
+    ]
     if not kinds and any(typing.get_origin(kind) is dict for kind in outer):
         return [Any]
     return [kind for kind in kinds if not models_in(kind) or is_list([kind])]
@@ -168,16 +170,16 @@ def convert(text: str, kinds: Sequence[Any], earlier: Any) -> Any:
     return [*(earlier if isinstance(earlier, list) else [earlier]), *added]
 
 
-def hint(name: str, options: Sequence[str], whole: type[BaseModel]) -> str:
-    fields = list(dict(fields_of(whole)))
-    if lists := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field, whole))]:
+def hint(name: str, options: Sequence[str], config: type[BaseModel]) -> str:
+    fields = list(dict(fields_of(config)))
+    if lists := [field for field in fields if name.startswith(f"{field}.") and is_list(kinds_of(field, config))]:
         return f"{lists[0]} is a list: write --{lists[0]} '[{{{name.rsplit('.', 1)[-1]}: …}}]', for example."
     if inside := [field for field in fields if field.startswith(f"{name}.")]:
         return f"it is a section: write --{inside[0]}, for example."
     flags = {option.removeprefix("--").replace("-", "_"): option for option in options}
     flags |= {field: f"--{field}" for field in fields}
     by_last_part = {field.rsplit(".", 1)[-1]: f"--{field}" for field in reversed(fields)}
-    for word, known in ((name, flags), (name, by_last_part), (name.rsplit(".", 1)[-1], by_last_part)):
-        if close := difflib.get_close_matches(word, list(known), n=1, cutoff=0.7):
-            return f"did you mean {known[close[0]]}?"
-    return "`raftune schema` lists all fields of the configuration." if whole is RunConfig else "--help lists all."
+    for word, by_name in ((name, flags), (name, by_last_part), (name.rsplit(".", 1)[-1], by_last_part)):
+        if close := difflib.get_close_matches(word, list(by_name), n=1, cutoff=0.7):
+            return f"did you mean {by_name[close[0]]}?"
+    return "`raftune schema` lists all fields of the configuration." if config is RunConfig else "--help lists all."

@@ -44,23 +44,23 @@ def load_extension(
     cls = load_object(spec, field)
     signatures = {name: f"({', '.join(['self', *arguments])})" for name, arguments in methods.items()}
     if not inspect.isclass(cls):
-        wanted = " and ".join(f"`{name}{signature}`" for name, signature in signatures.items())
+        required = " and ".join(f"`{name}{signature}`" for name, signature in signatures.items())
         kind = "a function" if inspect.isroutine(cls) else f"a {type(cls).__name__}"
-        raise ConfigError(f"{field} must name a class with {wanted}; got {spec!r}, {kind}. {GUIDE}")
+        raise ConfigError(f"{field} must name a class with {required}; got {spec!r}, {kind}. {GUIDE}")
     for name, signature in signatures.items():
         if not any(callable(vars(base).get(name)) for base in cls.__mro__):
             raise ConfigError(f"{field}: the class {spec} lacks the method `{name}{signature}`. {GUIDE}")
     try:
-        made = made_by(cls) if made_by is not None else with_options(cls, spec, options_field, options)
+        instance = made_by(cls) if made_by is not None else with_options(cls, spec, options_field, options)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"{field}: {spec} cannot be made: {type(error).__name__}: {error}. Fix it.") from error
     for name in attributes:
-        if not hasattr(made, name):
+        if not hasattr(instance, name):
             raise ConfigError(f"{field}: the class {spec} lacks the attribute `{name}`. {GUIDE}")
     for name, arguments in methods.items():
-        signature_ = inspect.signature(getattr(made, name))
+        signature_ = inspect.signature(getattr(instance, name))
         try:
             signature_.bind(*arguments)
         except TypeError:
@@ -68,7 +68,7 @@ def load_extension(
                 f"{field}: the method {name} of {spec} must take {signatures[name]}; it takes "
                 f"({', '.join(['self', *signature_.parameters])}). {GUIDE}"
             ) from None
-    return made
+    return instance
 
 
 def with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, Any]) -> Any:
@@ -79,9 +79,9 @@ def with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, An
     for name in options:
         if not takes_any and name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            known = f"it has {', '.join(names)}." if names else "it takes none."
+            hint = f"it has {', '.join(names)}." if names else "it takes none."
             raise ConfigError(
-                f"{field}.{name} is not an option of {spec}; {f'did you mean {close[0]!r}?' if close else known}"
+                f"{field}.{name} is not an option of {spec}; {f'did you mean {close[0]!r}?' if close else hint}"
             )
     try:
         if issubclass(cls, BaseModel) or dataclasses.is_dataclass(cls):
@@ -105,11 +105,11 @@ def code_hash(spec: str) -> str:
 
     The code is not run, so that a run can be inspected without it.
     """
-    left = spec.rpartition(":")[0]
-    path = Path(left).expanduser()
-    if not left.endswith(".py"):
+    source = spec.rpartition(":")[0]
+    path = Path(source).expanduser()
+    if not source.endswith(".py"):
         try:
-            module = importlib.util.find_spec(left)
+            module = importlib.util.find_spec(source)
         except (ImportError, ValueError):
             module = None
         path = Path((module and module.origin) or "")
@@ -118,21 +118,23 @@ def code_hash(spec: str) -> str:
 
 def load_object(spec: str, field: str) -> Any:
     """The object that `module:name` or `file.py:name` names. Raises ConfigError."""
-    left, _, name = spec.rpartition(":")
+    source, _, name = spec.rpartition(":")
     try:
-        module = module_from_file(Path(left).expanduser()) if left.endswith(".py") else importlib.import_module(left)
+        module = (
+            module_from_file(Path(source).expanduser()) if source.endswith(".py") else importlib.import_module(source)
+        )
     except (ImportError, OSError) as error:
         raise ConfigError(
             f"{field} must name what can be imported; got {spec!r}: {error}. Check the module or the path."
         ) from error
     except Exception as error:
-        where = f", line {line}" if (line := line_in(error, left)) else ""
+        position = f", line {line}" if (line := line_in(error, source)) else ""
         raise ConfigError(
-            f"{field}: {left}{where} raised {type(error).__name__} when it was read: {error}. Fix it; "
-            f"`python {left}` shows it all."
+            f"{field}: {source}{position} raised {type(error).__name__} when it was read: {error}. Fix it; "
+            f"`python {source}` shows it all."
         ) from error
     if not hasattr(module, name):
-        raise ConfigError(f"{field}: {left} has no {name!r}. Check the name after the colon.")
+        raise ConfigError(f"{field}: {source} has no {name!r}. Check the name after the colon.")
     return getattr(module, name)
 
 

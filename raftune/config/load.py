@@ -72,12 +72,12 @@ def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in flags.items():
         *sections, last = name.split(".")
-        place = result
+        target = result
         for section in sections:
-            if not isinstance(place.get(section), dict):  # a section that was left out before is one again
-                place[section] = {}
-            place = place[section]
-        place[last] = value
+            if not isinstance(target.get(section), dict):  # a section that was left out before is one again
+                target[section] = {}
+            target = target[section]
+        target[last] = value
     return result
 
 
@@ -91,8 +91,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except IsADirectoryError as error:
         raise ConfigError(f"{path} must be a YAML file; got a folder.") from error
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:  # ValueError: such as the 45th of a month
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where is not None else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(f"{path}{line} is not valid YAML: {problem}. Fix the line.") from error
     if data is None:
@@ -140,7 +140,7 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
     field = ".".join(names).rstrip("0123456789").rstrip(".") or "the configuration"
     declaration, kind = owner.model_fields.get(last), fault["type"]
     text = _shortened.repr(value) if isinstance(value, dict | list) else repr(value)
-    given = text if len(text) <= 60 else text[:57] + "…"
+    shown = text if len(text) <= 60 else text[:57] + "…"
     if kind == "extra_forbidden":
         if last in RENAMED:
             return f"{field} is called {'.'.join([*names[:-1], RENAMED[last]])} since raftune 0.2. Rename it."
@@ -153,17 +153,17 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         section = [] if "." in first else [name for name in names if name != first]
         return ".".join([*section, message])
     if kind in ("tuple_type", "list_type"):
-        return f"{field} must be a list; got {given}. Write [{value}]."
+        return f"{field} must be a list; got {shown}. Write [{value}]."
     if kind == "string_pattern_mismatch":
         hint = (declaration and declaration.description) or "Change it."
-        return f"{field} must match {context['pattern']}; got {given}. {hint}"
+        return f"{field} must match {context['pattern']}; got {shown}. {hint}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         fix = "Write `name: value` lines below it."
         usual = ("model", "prompts", "path", "reward_funcs", "rule", "kind")
-        known = [name for name in usual if members and name in members[0].model_fields]
-        if known and declaration is not None and isinstance(value, str):
-            fix = f"Write `{last}: {{{known[0]}: {value}}}`."
-        return f"{field} must be a section with fields of its own; got {given}. {fix}"
+        present = [name for name in usual if members and name in members[0].model_fields]
+        if present and declaration is not None and isinstance(value, str):
+            fix = f"Write `{last}: {{{present[0]}: {value}}}`."
+        return f"{field} must be a section with fields of its own; got {shown}. {fix}"
     if kind in ("union_tag_invalid", "literal_error"):
         expected = context["expected"] if kind == "literal_error" else context["expected_tags"]
         if kind == "union_tag_invalid":
@@ -172,13 +172,13 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         close = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", choices), n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}?" if close else "Choose one of these."
         custom = " or file.py:NAME" if choices != expected else ""
-        return f"{field} must be {choices}{custom}; got {given if kind == 'literal_error' else repr(value)}. {hint}"
+        return f"{field} must be {choices}{custom}; got {shown if kind == 'literal_error' else repr(value)}. {hint}"
     fix = "Change it."
     if kind in ("less_than", "less_than_equal") and max(context.values()) <= 1 < float(value) <= 100:
         fix = f"It is a fraction, not a percentage: write {float(value) / 100:g}."
     rule = fault["msg"][0].lower() + fault["msg"][1:]
     rule = rule.replace("input should be", "must be").replace("input should have", "must have")
-    return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {given}. {fix}"
+    return f"{field} {rule if rule.startswith('must') else 'is wrong: ' + rule}; got {shown}. {fix}"
 
 
 def discriminator(members: Sequence[type[BaseModel]]) -> str:
@@ -186,13 +186,11 @@ def discriminator(members: Sequence[type[BaseModel]]) -> str:
     return next(name for name in DISCRIMINATORS if all(name in member.model_fields for member in members))
 
 
-def locate(
-    place: Sequence[str], model: type[BaseModel]
-) -> tuple[list[str], type[BaseModel], Sequence[type[BaseModel]]]:
+def locate(loc: Sequence[str], model: type[BaseModel]) -> tuple[list[str], type[BaseModel], Sequence[type[BaseModel]]]:
     """The dotted names of an error without pydantic's tags, the section of the last, and the classes it may hold."""
     names: list[str] = []
     owner, members = model, [model]
-    for part in place:
+    for part in loc:
         if len(members) > 1:  # the part is the tag of a union
             chosen_by = discriminator(members)
             members = [m for m in members if m.model_fields[chosen_by].default == part] or members[-1:]
@@ -238,12 +236,12 @@ def fields_of(
             yield prefix + name, field
 
 
-def nearest(name: str, owner: type[BaseModel], whole: type[BaseModel]) -> str:
+def nearest(name: str, owner: type[BaseModel], config: type[BaseModel]) -> str:
     """A hint at the field that was probably meant: in this section, or else anywhere in the configuration."""
     here = list(owner.model_fields)
     if close := difflib.get_close_matches(name, here, n=1, cutoff=0.6):
         return f"did you mean {close[0]!r}?"
-    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _ in fields_of(whole, in_lists=True)}
+    elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _ in fields_of(config, in_lists=True)}
     if close := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.75):
         return f"did you mean {elsewhere[close[0]]!r}?"
     return f"there are {', '.join(here)}."

@@ -55,8 +55,8 @@ def replaced(data: Any, names: list[str], change: Callable[[str], str]) -> Any:
 
 def relative(text: str, old: Path, new: Path, is_name: bool) -> str:
     """A path, or `file.py:name`, relative to `new` if it exists in `old`; anything else as it is."""
-    left, colon, name = text.rpartition(":")
-    path, rest = (left, colon + name) if left.endswith(".py") else (text, "")
+    source, colon, name = text.rpartition(":")
+    path, rest = (source, colon + name) if source.endswith(".py") else (text, "")
     is_word = "." not in path and "/" not in path
     if (is_word and (is_name or path == "starter")) or path.startswith("~") or Path(path).is_absolute():
         return text

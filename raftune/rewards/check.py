@@ -17,7 +17,7 @@ from raftune.records import RewardPart
 from raftune.rewards.batch import IMAGE_MEDIA, RewardBatch, check_media, is_image
 from raftune.rewards.loading import load_reward
 from raftune.rewards.outcome import FAILED, excerpt
-from raftune.rewards.process.executors import EventLoopThread, call, place
+from raftune.rewards.process.executors import EventLoopThread, call, executor_for
 
 TOLERANCE = 1e-5  # relative: what regrouping a batch may change in float32
 SHOWN = 5
@@ -120,7 +120,7 @@ def check_reward(
     loaded = load_reward(reward, timeout=timeout, tokenizer=tokenizer, device=device)
     limit = (reward.timeout if isinstance(reward, RewardSpec) else None) or timeout
     loop = EventLoopThread()
-    executor = place(loaded, loop)
+    executor = executor_for(loaded, loop)
     examples = batch is None
     if batch is not None:
         pictures = any(is_image(completion) for completion in batch.completions)
@@ -138,9 +138,9 @@ def check_reward(
         second, shuffled = call(executor, batch, limit), call(executor, batch.take(order), limit)
         halves = [range(start, len(batch), 2) for start in (0, 1) if start < len(batch)]
         apart = [call(executor, batch.take(rows), limit) for rows in halves]
-        whole = not any(outcome.failed for outcome in (first, second, shuffled, *apart))
+        complete = not any(outcome.failed for outcome in (first, second, shuffled, *apart))
         mixed_sizes = None
-        if examples and pictures and whole:  # otherwise equal sizes fail as well
+        if examples and pictures and complete:  # otherwise equal sizes fail as well
             mixed_sizes = not call(executor, example_images(mixed_sizes=True), limit).failed
     finally:
         executor.close()
@@ -162,10 +162,10 @@ def check_reward(
         mean=sum(values) / len(values) if values else None,
         lowest=min(values, default=None),
         highest=max(values, default=None),
-        deterministic=first.parts == second.parts if whole else None,
-        order_independent=order_change <= TOLERANCE if whole else None,
-        largest_order_change=order_change if whole else None,
-        batch_independent=batch_change <= TOLERANCE if whole else None,
+        deterministic=first.parts == second.parts if complete else None,
+        order_independent=order_change <= TOLERANCE if complete else None,
+        largest_order_change=order_change if complete else None,
+        batch_independent=batch_change <= TOLERANCE if complete else None,
         mixed_sizes=mixed_sizes,
         notes=loaded.notes(),
         samples_per_second=len(batch) / max(seconds, 1e-9),

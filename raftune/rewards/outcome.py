@@ -64,7 +64,7 @@ class RewardOutcome:
         return cls(parts, log, plain["returned"])
 
 
-def whole(status: ScoreStatus, detail: str, size: int, returned: int | None = None) -> RewardOutcome:
+def same_for_all(status: ScoreStatus, detail: str, size: int, returned: int | None = None) -> RewardOutcome:
     """The same part for every sample of the call."""
     return RewardOutcome([RewardPart(None, status, detail)] * size, returned=returned)
 
@@ -90,13 +90,13 @@ def hub_error(error: BaseException) -> str:
     return text.rstrip(".")
 
 
-def where(error: BaseException) -> str:
+def location(error: BaseException) -> str:
     """File and line of the user's code that the error came out of, in brackets; empty where it met none."""
-    place = ""
+    text = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         if not frame.f_code.co_filename.startswith(NOT_OF_USERS):
-            place = f" ({Path(frame.f_code.co_filename).name}, line {line})"
-    return place
+            text = f" ({Path(frame.f_code.co_filename).name}, line {line})"
+    return text
 
 
 def judge(output: Any, size: int, log: RewardLog) -> RewardOutcome:
@@ -105,15 +105,17 @@ def judge(output: Any, size: int, log: RewardLog) -> RewardOutcome:
     if values is None:
         hint = ": is a `return` missing?" if output is None else ""
         kind = "None" if output is None else f"{type(output).__name__} {_shown(output)}"
-        return whole(ScoreStatus.INVALID, f"returned {kind}, not a list of {size} numbers{hint}", size)
+        return same_for_all(ScoreStatus.INVALID, f"returned {kind}, not a list of {size} numbers{hint}", size)
     if len(values) != size:
         more = "more than " if isinstance(output, GeneratorType | map) and len(values) > size else ""
         count = size if more else len(values)
-        return whole(ScoreStatus.INVALID, f"returned {more}{count} values for {size} completions", size, len(values))
+        return same_for_all(
+            ScoreStatus.INVALID, f"returned {more}{count} values for {size} completions", size, len(values)
+        )
     return RewardOutcome([_part(value) for value in values], log, len(values))
 
 
-def attempt(reward: Any, batch: RewardBatch, *, ours: bool = False) -> RewardOutcome:
+def attempt(reward: Any, batch: RewardBatch, *, main_thread: bool = False) -> RewardOutcome:
     """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status.
 
     `ours`: a built-in reward model, on the main thread of a run, where Python delivers signals. KeyboardInterrupt,
@@ -126,11 +128,11 @@ def attempt(reward: Any, batch: RewardBatch, *, ours: bool = False) -> RewardOut
             output = asyncio.run(_awaited(output))
         return judge(output, len(batch), log)
     except BaseException as error:
-        if ours and (stop := interrupting(error)) is not None:
+        if main_thread and (stop := interrupting(error)) is not None:
             if stop is not error and isinstance(stop, KeyboardInterrupt | SystemExit):
                 raise KeyboardInterrupt from error
             raise stop from stop.__cause__
-        return failure(error, len(batch), ours)
+        return failure(error, len(batch), main_thread)
 
 
 async def attempt_async(reward: Any, batch: RewardBatch) -> RewardOutcome:
@@ -146,14 +148,14 @@ async def _awaited(output: Any) -> Any:
     return await output
 
 
-def failure(error: BaseException, size: int, ours: bool = False) -> RewardOutcome:
+def failure(error: BaseException, size: int, main_thread: bool = False) -> RewardOutcome:
     """The outcome of a call that raised this error, which is raised again if the machine failed: a full disk, no more
     files or processes. A lack of memory counts only in a built-in reward model: a user's own code may ask for more than
     there is, again and again."""
     lacks_memory = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
-    if (isinstance(error, OSError) and error.errno in LACKS) or (ours and lacks_memory):
+    if (isinstance(error, OSError) and error.errno in LACKS) or (main_thread and lacks_memory):
         raise error
-    return whole(ScoreStatus.ERROR, one_line(error) + where(error), size)
+    return same_for_all(ScoreStatus.ERROR, one_line(error) + location(error), size)
 
 
 def _as_list(output: Any, size: int) -> list[Any] | None:

@@ -22,7 +22,7 @@ from raftune.rewards.batch import RESERVED, RewardBatch, incompatible
 from raftune.rewards.combining import Bounds, Combine, RewardShare, combined
 from raftune.rewards.fingerprint import digest
 from raftune.rewards.outcome import RewardOutcome
-from raftune.rewards.process.executors import EventLoopThread, call, finish, place, undisturbed
+from raftune.rewards.process.executors import EventLoopThread, call, executor_for, finish, undisturbed
 from raftune.store import partial
 
 
@@ -97,7 +97,7 @@ class RewardSet:
         self._batch_size, self._retries = batch_size, retries
         self._loop = EventLoopThread()
         self.rewards = dict(zip(self.names, rewards, strict=True))
-        self._executors = {name: place(reward, self._loop) for name, reward in self.rewards.items()}
+        self._executors = {name: executor_for(reward, self._loop) for name, reward in self.rewards.items()}
         self.extras = LoggedExtras()
         self._notes = list(notes)
 

@@ -103,9 +103,9 @@ def import_all() -> None:
             importlib.import_module(f"{__package__}.builtin.{path.stem}")
 
 
-def nearest(name: str, known: list[str], cutoff: float = 0.6) -> str | None:
+def nearest(name: str, names: list[str], cutoff: float = 0.6) -> str | None:
     """The name that was probably meant."""
-    close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 

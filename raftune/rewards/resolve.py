@@ -47,9 +47,9 @@ def is_function(spec: str) -> bool:
     """True of module:function, file.py:function, a TRL short name, and module.function where such a module exists."""
     if spec in SHORT_NAMES or spec.endswith(".py"):
         return True
-    left, colon, right = spec.rpartition(":")
+    module_name, colon, function_name = spec.rpartition(":")
     if colon:
-        return right.removesuffix("()").isidentifier() and len(left) > 1
+        return function_name.removesuffix("()").isidentifier() and len(module_name) > 1
     parts = spec.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts) or Path(spec).exists():
         return False
@@ -96,11 +96,11 @@ def _model_reward(spec: RewardSpec) -> tuple[str, str]:
 
 def _from_function(spec: RewardSpec) -> Reward:
     target = SHORT_NAMES.get(spec.spec, spec.spec)
-    left, colon, right = target.rpartition(":")
+    source, colon, name = target.rpartition(":")
     if not colon:
-        left, _, right = (target, "", "") if target.endswith(".py") else target.rpartition(".")
-    attribute = right.removesuffix("()")
-    module, code = _import(left, spec.spec)
+        source, _, name = (target, "", "") if target.endswith(".py") else target.rpartition(".")
+    attribute = name.removesuffix("()")
+    module, code = _import(source, spec.spec)
     if not attribute or not hasattr(module, attribute):
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         missing = f"no function {attribute!r} in {spec.spec!r}"
@@ -110,16 +110,16 @@ def _from_function(spec: RewardSpec) -> Reward:
             f"reward_funcs: {missing}" + (f"; did you mean {near[0]!r}?" if near else _functions_in(module))
         )
     function = getattr(module, attribute)
-    if right.endswith("()") or inspect.isclass(function):
+    if name.endswith("()") or inspect.isclass(function):
         try:
-            made = function(**expanded(spec.options, f"rewards.options of {spec.spec!r}"))
+            instance = function(**expanded(spec.options, f"rewards.options of {spec.spec!r}"))
         except Exception as error:
             raise RewardError(f"reward {spec.spec!r}: {attribute}(…) failed: {one_line(error)}") from error
-        if not callable(made):
-            raise ConfigError(f"reward_funcs: {spec.spec!r} gives a {type(made).__name__}, which is not callable")
+        if not callable(instance):
+            raise ConfigError(f"reward_funcs: {spec.spec!r} gives a {type(instance).__name__}, which is not callable")
         code = code or fingerprint.of_module_function(function, module)
         code = fingerprint.digest(code, attribute, fingerprint.describe(spec.options))
-        return FunctionReward(made, spec.derived_name, code=code)
+        return FunctionReward(instance, spec.derived_name, code=code)
     if not callable(function):
         raise ConfigError(
             f"reward_funcs: {spec.spec!r} is {type(function).__name__} {function!r}, not a function"
@@ -129,34 +129,34 @@ def _from_function(spec: RewardSpec) -> Reward:
     return FunctionReward(function, spec.derived_name, spec.options, code)
 
 
-def _import(left: str, spec: str) -> tuple[ModuleType, str | None]:
+def _import(source: str, spec: str) -> tuple[ModuleType, str | None]:
     """The module, and the hash of its code if it is a file."""
-    if not left.endswith(".py"):
+    if not source.endswith(".py"):
         try:
-            return importlib.import_module(left), None
+            return importlib.import_module(source), None
         except BaseException as error:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             if missing and missing.partition(".")[0] == "trl":
                 raise ConfigError(
                     f"reward_funcs: {spec!r} needs TRL. Install it: pip install 'raftune[trl]'."
                 ) from None
-            if missing and (left == missing or left.startswith(missing + ".")):
+            if missing and (source == missing or source.startswith(missing + ".")):
                 raise ConfigError(
-                    f"reward_funcs: no module {left!r} (of {spec!r}); give a file as {left.split('.')[-1]}.py:function,"
+                    f"reward_funcs: no module {source!r} (of {spec!r}); give a file as {source.split('.')[-1]}.py:function,"
                     " or install the package"
                 ) from None
-            raise RewardError(f"reward {spec!r}: importing {left} failed: {one_line(error)}") from error
-    path = Path(left).expanduser()
+            raise RewardError(f"reward {spec!r}: importing {source} failed: {one_line(error)}") from error
+    path = Path(source).expanduser()
     if not path.is_file():
         names = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
         hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else f"looked in {path.resolve().parent}"
-        raise ConfigError(f"reward_funcs: no file {left!r} (of {spec!r}); {hint}")
+        raise ConfigError(f"reward_funcs: no file {source!r} (of {spec!r}); {hint}")
     code = sha256_of(path)[:16]
     try:
         return module_from_file(path, "reward"), code
     except BaseException as error:
-        raise RewardError(f"reward {spec!r}: {left} cannot be run: {one_line(error)}") from error
+        raise RewardError(f"reward {spec!r}: {source} cannot be run: {one_line(error)}") from error
 
 
 def _functions_in(module: ModuleType) -> str:

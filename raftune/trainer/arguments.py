@@ -167,12 +167,12 @@ BorrowedArguments = dataclasses.make_dataclass(
 )
 
 
-def unknown(names: Iterable[str], known: Iterable[str]) -> list[str]:
+def unknown(names: Iterable[str], arguments: Iterable[str]) -> list[str]:
     """A line for each name that is no argument at all; hints lead to arguments that have an effect."""
-    known = list(known)
+    arguments = list(arguments)
     lines = []
     for name in names:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, arguments, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else "delete it, or put a field of RunConfig into run_config."
         lines.append(f"{name} is not an argument of RaftConfig; {hint}")
     return lines

@@ -174,9 +174,9 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
         for name in ("checkpointing", "checkpointing_kwargs"):  # the older name without transformers' warning
             if getattr(self, f"activation_{name}", None) is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
-        known = [*TABLE, *TRAINER_KWARGS, *OWN, *MAPPED]
-        refused, without = unread(self, TrainingArguments, known)
-        refused += unknown(getattr(self, "_unknown", ()), known)
+        arguments = [*TABLE, *TRAINER_KWARGS, *OWN, *MAPPED]
+        refused, without = unread(self, TrainingArguments, arguments)
+        refused += unknown(getattr(self, "_unknown", ()), arguments)
         faults: list[str] = []
         if (count := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
             faults.append(

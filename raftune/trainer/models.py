@@ -189,7 +189,7 @@ def adapter_section(peft_config: Any, model_config: Callable[[], Any] | None, st
         raise ConfigError("\n".join(lines))
     for line in lines:
         logger.warning("strict=False, so the run goes on without it: %s", line)
-    section = {ours: getattr(peft_config, theirs) for theirs, ours in _LORA_FIELDS.items()}
+    section = {field: getattr(peft_config, name) for name, field in _LORA_FIELDS.items()}
     if peft_config.use_rslora:  # alpha / sqrt(r) in place of alpha / r
         section["alpha"] *= math.sqrt(section["r"])
     section["modules_to_save"] = sorted(section["modules_to_save"] or ())

@@ -20,7 +20,7 @@ from raftune.errors import ConfigError, RaftuneError, RewardError
 from raftune.protocols import Reward
 from raftune.records import ScoreStatus
 from raftune.rewards.batch import RewardBatch
-from raftune.rewards.outcome import RewardOutcome, one_line, whole
+from raftune.rewards.outcome import RewardOutcome, one_line, same_for_all
 from raftune.rewards.process.executors import Executor, WorkerThread, call, finished, keeps_dying
 from raftune.rewards.process.protocol import batch_table, packed, unpacked
 
@@ -66,7 +66,7 @@ class ProcessReward(Executor, Reward):
         try:
             rows = batch_table(batch)
         except RaftuneError as error:
-            return finished(whole(ScoreStatus.ERROR, one_line(error), len(batch)))
+            return finished(same_for_all(ScoreStatus.ERROR, one_line(error), len(batch)))
         return self._thread.submit(lambda: self._score(process, batch.state, rows))
 
     def give_up(self, future: Future[RewardOutcome]) -> str:

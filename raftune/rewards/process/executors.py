@@ -20,7 +20,7 @@ from raftune.errors import RewardError
 from raftune.protocols import Reward
 from raftune.records import ScoreStatus
 from raftune.rewards.batch import RewardBatch
-from raftune.rewards.outcome import RewardOutcome, attempt, attempt_async, whole
+from raftune.rewards.outcome import RewardOutcome, attempt, attempt_async, same_for_all
 from raftune.store.interruption import interrupting
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Executor:
     def start(self, batch: RewardBatch) -> Future[RewardOutcome]:
         """Starts a call; what the reward raises is in its outcome. Inline the call is over when this returns."""
         self._reward.prepare()
-        return finished(attempt(self._reward, batch, ours=True))
+        return finished(attempt(self._reward, batch, main_thread=True))
 
     def give_up(self, future: Future[RewardOutcome]) -> str:
         """Leaves the call behind; says in words what became of it."""
@@ -103,7 +103,7 @@ class AsyncExecutor(Executor):
         return "an async reward blocked the loop that they share (it must await, not sleep); the loop was left behind"
 
 
-def place(reward: Reward | Executor, loop: EventLoopThread) -> Executor:
+def executor_for(reward: Reward | Executor, loop: EventLoopThread) -> Executor:
     """Where this reward runs; `loop` serves those that are async."""
     if isinstance(reward, Executor):
         return reward
@@ -139,10 +139,10 @@ def finish(
             if interrupting(error) is not None:  # of a script's handler of SIGALRM, say
                 raise
             detail = f"no answer within {limit:g} s; {executor.give_up(future)}"
-            return whole(ScoreStatus.TIMEOUT, detail, len(batch))
+            return same_for_all(ScoreStatus.TIMEOUT, detail, len(batch))
         except ProcessDied as death:
             if keeps_dying(getattr(executor, "name", ""), deaths, death):
-                return whole(ScoreStatus.ERROR, f"the reward's process {death.reason}", len(batch))
+                return same_for_all(ScoreStatus.ERROR, f"the reward's process {death.reason}", len(batch))
             executor.died(death)
         future, deadline = executor.start(batch), time.monotonic() + limit
 
