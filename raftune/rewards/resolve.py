@@ -142,8 +142,8 @@ def _import(source: str, spec: str) -> tuple[ModuleType, str | None]:
                 ) from None
             if missing and (source == missing or source.startswith(missing + ".")):
                 raise ConfigError(
-                    f"reward_funcs: no module {source!r} (of {spec!r}); give a file as {source.split('.')[-1]}.py:function,"
-                    " or install the package"
+                    f"reward_funcs: no module {source!r} (of {spec!r}); give a file as "
+                    f"{source.split('.')[-1]}.py:function, or install the package"
                 ) from None
             raise RewardError(f"reward {spec!r}: importing {source} failed: {one_line(error)}") from error
     path = Path(source).expanduser()
