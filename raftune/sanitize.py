@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import subprocess
 import unicodedata
+from collections.abc import Iterable
 from pathlib import PurePath
 
 _BIDI = frozenset(map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))
@@ -75,3 +77,9 @@ def megabytes(size: float) -> str:
             return f"{size:.0f} {chunk}" if chunk == "bytes" or size >= 100 else f"{size:.1f} {chunk}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def did_you_mean(name: str, names: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """The question after the name that was probably meant; `otherwise` if none is similar."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else otherwise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import inspect
 import os
@@ -20,7 +19,7 @@ from cyclopts import App, CycloptsError
 
 from raftune.cli.help import explain
 from raftune.errors import Interrupted, RaftuneError
-from raftune.sanitize import first_line, harmless, shell_command
+from raftune.sanitize import did_you_mean, first_line, harmless, shell_command
 from raftune.store import interruption
 
 if TYPE_CHECKING:  # `--help` imports neither numpy nor pyarrow
@@ -98,9 +97,8 @@ def unknown_command(app: App, tokens: list[str]) -> str | None:
         if word.startswith("-") or not names:
             return None
         if word not in names:
-            elsewhere = [name for name in [ELSEWHERE.get(word)] if name in names]
-            close = elsewhere or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}."
+            synonym = ELSEWHERE.get(word) if ELSEWHERE.get(word) in names else None
+            hint = did_you_mean(synonym or word, names, f"there are {', '.join(names)}.", 0.5)
             return f"{word!r} is not a command of {command}; {hint}"
         app, command = app[word], f"{command} {word}"
     return None

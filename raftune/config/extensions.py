@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raftune.config.secrets import masked
 from raftune.errors import ConfigError
+from raftune.sanitize import did_you_mean
 
 SPEC = r".+:.+"  # the pattern of a field that names such code
 GUIDE = "docs/extending.md has an example of each."
@@ -78,11 +78,8 @@ def with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, An
     names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
     for name in options:
         if not takes_any and name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"it has {', '.join(names)}." if names else "it takes none."
-            raise ConfigError(
-                f"{field}.{name} is not an option of {spec}; {f'did you mean {close[0]!r}?' if close else hint}"
-            )
+            hint = did_you_mean(name, names, f"it has {', '.join(names)}." if names else "it takes none.")
+            raise ConfigError(f"{field}.{name} is not an option of {spec}; {hint}")
     try:
         if issubclass(cls, BaseModel) or dataclasses.is_dataclass(cls):
             return TypeAdapter(cls).validate_python(dict(options))

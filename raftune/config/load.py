@@ -20,7 +20,7 @@ from raftune.config.run import RunConfig
 from raftune.config.secrets import redacted
 from raftune.config.selection import SelectionConfig
 from raftune.errors import ConfigError
-from raftune.sanitize import first_line
+from raftune.sanitize import did_you_mean, first_line
 
 _shortened = reprlib.Repr()  # YAML's anchors can make a few lines stand for gigabytes
 _shortened.maxstring = _shortened.maxother = 60
@@ -169,8 +169,8 @@ def explain(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
         if kind == "union_tag_invalid":
             field, value = f"{field}.{discriminator(members)}", context["tag"]
         choices = expected.replace(", 'custom'", "")
-        close = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", choices), n=1, cutoff=0.5)
-        hint = f"Did you mean {close[0]!r}?" if close else "Choose one of these."
+        hint = did_you_mean(str(value), re.findall(r"'([^']*)'", choices), "Choose one of these.", 0.5)
+        hint = hint[0].upper() + hint[1:]
         custom = " or file.py:NAME" if choices != expected else ""
         return f"{field} must be {choices}{custom}; got {shown if kind == 'literal_error' else repr(value)}. {hint}"
     fix = "Change it."
@@ -238,13 +238,10 @@ def fields_of(
 
 def nearest(name: str, owner: type[BaseModel], config: type[BaseModel]) -> str:
     """A hint at the field that was probably meant: in this section, or else anywhere in the configuration."""
-    here = list(owner.model_fields)
-    if close := difflib.get_close_matches(name, here, n=1, cutoff=0.6):
-        return f"did you mean {close[0]!r}?"
     elsewhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted, _ in fields_of(config, in_lists=True)}
-    if close := difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.75):
-        return f"did you mean {elsewhere[close[0]]!r}?"
-    return f"there are {', '.join(here)}."
+    close = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.75)
+    there = f"did you mean {elsewhere[close[0]]!r}?" if close else f"there are {', '.join(owner.model_fields)}."
+    return did_you_mean(name, owner.model_fields, there)
 
 
 def declared(config: RunConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import types
 import typing
@@ -101,12 +100,6 @@ def import_all() -> None:
     for path in sorted((Path(__file__).parent / "builtin").glob("*.py")):
         if "\n@builtin(" in path.read_text(encoding="utf-8"):
             importlib.import_module(f"{__package__}.builtin.{path.stem}")
-
-
-def nearest(name: str, names: list[str], cutoff: float = 0.6) -> str | None:
-    """The name that was probably meant."""
-    close = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=cutoff)
-    return close[0] if close else None
 
 
 def _in_words(kind: Any) -> str:

@@ -21,7 +21,8 @@ from raftune.protocols import Reward
 from raftune.rewards import fingerprint
 from raftune.rewards.batch import IMAGE_MEDIA, PASSED, TEXT_MEDIA, is_image
 from raftune.rewards.outcome import hub_error, one_line
-from raftune.rewards.registry import BUILT_IN, nearest
+from raftune.rewards.registry import BUILT_IN
+from raftune.sanitize import did_you_mean
 from raftune.store.files import sha256_of
 
 SHORT_NAMES = {
@@ -65,10 +66,8 @@ def _model_reward(spec: RewardSpec) -> tuple[str, str]:
         path = path / "model"  # as `raftune reward train` writes it
         source = str(path)
     if not path.exists():  # a misspelt built-in must not be looked for on the hub, nor a missing folder
-        if near := nearest(source, [*BUILT_IN, *SHORT_NAMES], cutoff=0.75):
-            raise ConfigError(
-                f"reward_funcs: no reward {source!r}; did you mean {near!r}? `raftune reward list` shows all."
-            )
+        if near := did_you_mean(source.casefold(), [*BUILT_IN, *SHORT_NAMES], "", 0.75):
+            raise ConfigError(f"reward_funcs: no reward {source!r}; {near} `raftune reward list` shows all.")
         if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
             raise ConfigError(
                 f"reward_funcs: no folder {source!r}; give a folder that save_pretrained wrote, FILE.py:FUNCTION, or a "
@@ -102,13 +101,10 @@ def _from_function(spec: RewardSpec) -> Reward:
     attribute = name.removesuffix("()")
     module, code = _import(source, spec.spec)
     if not attribute or not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
         missing = f"no function {attribute!r} in {spec.spec!r}"
         if not attribute:
             missing = f"{spec.spec!r} names no function: write {spec.spec}:function"
-        raise ConfigError(
-            f"reward_funcs: {missing}" + (f"; did you mean {near[0]!r}?" if near else _functions_in(module))
-        )
+        raise ConfigError(f"reward_funcs: {missing}; {did_you_mean(attribute, dir(module), _functions_in(module))}")
     function = getattr(module, attribute)
     if name.endswith("()") or inspect.isclass(function):
         try:
@@ -122,7 +118,7 @@ def _from_function(spec: RewardSpec) -> Reward:
         return FunctionReward(instance, spec.derived_name, code=code)
     if not callable(function):
         raise ConfigError(
-            f"reward_funcs: {spec.spec!r} is {type(function).__name__} {function!r}, not a function"
+            f"reward_funcs: {spec.spec!r} is {type(function).__name__} {function!r}, not a function; "
             f"{_functions_in(module)}"
         )
     code = fingerprint.digest(code or fingerprint.of_module_function(function, module), attribute)
@@ -165,7 +161,7 @@ def _functions_in(module: ModuleType) -> str:
         for name, value in vars(module).items()
         if callable(value) and not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
     ]
-    return f"; there are: {', '.join(sorted(names)[:8])}" if names else "; it defines no function"
+    return f"there are: {', '.join(sorted(names)[:8])}" if names else "it defines no function"
 
 
 class FunctionReward(Reward):

@@ -12,11 +12,12 @@ Arguments with an equivalent are mapped (`config.py`). With `strict=False` refus
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 from transformers import HfArgumentParser
+
+from raftune.sanitize import did_you_mean
 
 # Arguments of GRPOConfig, of all its versions, and of transformers before version 5 that TrainingArguments lacks: type
 # and default. RaftConfig has them as fields, so that files and command lines may hold them.
@@ -169,13 +170,8 @@ BorrowedArguments = dataclasses.make_dataclass(
 
 def unknown(names: Iterable[str], arguments: Iterable[str]) -> list[str]:
     """A line for each name that is no argument at all; hints lead to arguments that have an effect."""
-    arguments = list(arguments)
-    lines = []
-    for name in names:
-        near = difflib.get_close_matches(name, arguments, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}?" if near else "delete it, or put a field of RunConfig into run_config."
-        lines.append(f"{name} is not an argument of RaftConfig; {hint}")
-    return lines
+    arguments, otherwise = list(arguments), "delete it, or put a field of RunConfig into run_config."
+    return [f"{name} is not an argument of RaftConfig; {did_you_mean(name, arguments, otherwise)}" for name in names]
 
 
 def unread(args: Any, base: type[Any], read: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:

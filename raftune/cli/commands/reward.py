@@ -16,7 +16,7 @@ from raftune.cli.output import PlainTable, echo
 from raftune.errors import ConfigError, DataError, GateFailed, RewardError
 from raftune.results.summary import loss_ends, spread
 from raftune.runtime.progress import StepProgress
-from raftune.sanitize import counted, percent, shell_command
+from raftune.sanitize import counted, did_you_mean, percent, shell_command
 
 if TYPE_CHECKING:
     from raftune.records import Score
@@ -409,12 +409,11 @@ def list_rewards(
     raftune reward list
     raftune reward list length
     """
-    from raftune.rewards.registry import BUILT_IN, nearest
+    from raftune.rewards.registry import BUILT_IN
     from raftune.rewards.resolve import SHORT_NAMES
 
     if name is not None and name not in BUILT_IN:
-        near = nearest(name, list(BUILT_IN))
-        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(BUILT_IN))}."
+        hint = did_you_mean(name.casefold(), BUILT_IN, f"there are {', '.join(sorted(BUILT_IN))}.")
         raise ConfigError(f"NAME must be a built-in reward; got {name!r}; {hint}")
     rewards = [BUILT_IN[name]] if name is not None else list(BUILT_IN.values())
     rewards.sort(key=lambda reward: (scored_media(reward), reward.name))
