@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,13 +87,20 @@ def compare(
     from raftune.analysis.compare import document
     from raftune.config.load import validate_as
     from raftune.config.rewards import RewardSpec
+    from raftune.runtime.progress import StepProgress
 
     judge = read_judge(judging)
     specs = [read_object("--reward", text) if text.lstrip().startswith("{") else {"spec": text} for text in reward]
     rewards = [validate_as(RewardSpec, spec) for spec in specs]
-    wanted: dict[str, Any] = {"fail_if": fail_if, "tie_within": tie_within, "by": by, "out": out}
-    with judge_progress() as tell:
-        comparison = compare_sides(a, b, rewards=rewards, judge=judge, tell=tell, **wanted)
+    options: dict[str, Any] = {"fail_if": fail_if, "tie_within": tie_within, "by": by, "out": out}
+    with StepProgress() as steps:
+
+        def tell(done: int, of: int) -> None:
+            if done == 1:
+                steps.begin(f"asking the judge {counted(of, 'question')}")
+            steps.advance(done, of)
+
+        comparison = compare_sides(a, b, rewards=rewards, judge=judge, tell=tell, **options)
     if as_json:
         print(json.dumps(document(comparison, show or NAMED), ensure_ascii=False))
     else:
@@ -148,27 +154,8 @@ def read_judge(flags: JudgeFlags) -> JudgeSpec | None:
     try:
         return JudgeSpec(endpoint, check_template(Path(path).read_text(encoding="utf-8"), path))
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ConfigError(f"--judge-prompt must name a text file; got {path!r}: {why}. Check the path.") from error
-
-
-@contextlib.contextmanager
-def judge_progress() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr while the judge works; one line if stderr is not a terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("asking the judge"), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("", visible=False)
-
-        def tell(done: int, of: int) -> None:
-            if done == 1 and not console.is_terminal:
-                console.print(f"asking the judge {of} questions")
-            bars.update(task, completed=done, total=of, visible=True)
-
-        yield tell
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"--judge-prompt must name a text file; got {path!r}: {reason}. Check the path.") from error
 
 
 # -- output ------------------------------------------------------------------------------------------------------------

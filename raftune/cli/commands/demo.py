@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -21,9 +21,6 @@ from raftune.results.summary import cell, columns_for, rows_of
 from raftune.runtime.run import root_of
 from raftune.sanitize import one_line, shell_command
 from raftune.store.run import RunFolder
-
-if TYPE_CHECKING:
-    from raftune.runtime.assembly import Runtime
 
 Demo = Literal["text", "hacking", "image"]
 RECIPES: dict[Demo, str] = {"text": "text/demo.yaml", "hacking": "text/hacking.yaml", "image": "image/image.yaml"}
@@ -136,37 +133,28 @@ def typical_completions(root: Path, config: RunConfig, rounds: dict[str, int]) -
 
     Typical: of eight, generated with the same seeds in every round, the one whose held-out score is the median.
     """
+    from raftune.protocols import Chunk
+    from raftune.records import Prompt, derive_seed, prompt_ids
     from raftune.runtime.assembly import Runtime
-    from raftune.starters.text import SHOW
+    from raftune.starters.text import SHOW, judge
 
     folder = RunFolder(root)
-    runtime = Runtime(folder, config)
+    prompts = tuple(Prompt(name, text) for name, text in zip(prompt_ids(SHOW), SHOW, strict=True))
+    seeds = tuple(tuple(derive_seed("show", prompt.id, k) for k in range(CANDIDATES)) for prompt in prompts)
+    chunk = Chunk(0, "show", "show", prompts, seeds, CANDIDATES * len(prompts))
     shown: list[dict[str, Any]] = [{"prompt": str(prompt)} for prompt in SHOW]
+    runtime = Runtime(folder, config)
     try:
         for label, round_ in rounds.items():
-            medians = median_completions(runtime, folder.folder(round_, "model"))
-            for example, (score, completion) in zip(shown, medians, strict=True):
+            samples = runtime.policies.at(folder.folder(round_, "model")).generate(chunk)
+            for example, prompt in zip(shown, prompts, strict=True):
+                completions = [sample.completion for sample in samples if sample.prompt_id == prompt.id]
+                scores = [score or 0.0 for score in judge([prompt.content] * len(completions), completions)]
+                score, completion = sorted(zip(scores, completions, strict=True))[len(completions) // 2]
                 example |= {label: completion, f"{label}_score": score}
     finally:
         runtime.close()
     return shown
-
-
-def median_completions(runtime: Runtime, model: Path) -> list[tuple[float, str]]:
-    from raftune.protocols import Chunk
-    from raftune.records import Prompt, derive_seed, prompt_ids
-    from raftune.starters.text import SHOW, judge
-
-    prompts = tuple(Prompt(name, text) for name, text in zip(prompt_ids(SHOW), SHOW, strict=True))
-    seeds = tuple(tuple(derive_seed("show", prompt.id, k) for k in range(CANDIDATES)) for prompt in prompts)
-    chunk = Chunk(0, "show", "show", prompts, seeds, CANDIDATES * len(prompts))
-    samples = runtime.policies.at(model).generate(chunk)
-    medians = []
-    for prompt in prompts:
-        completions = [sample.completion for sample in samples if sample.prompt_id == prompt.id]
-        scores = [score or 0.0 for score in judge([prompt.content] * len(completions), completions)]
-        medians.append(sorted(zip(scores, completions, strict=True))[len(completions) // 2])
-    return medians
 
 
 def show_typical(shown: list[dict[str, Any]], labels: list[str]) -> None:
