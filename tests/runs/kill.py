@@ -35,7 +35,7 @@ from raftune.protocols import JournalEntry
 from raftune.runtime import run as runs
 from raftune.store import commit, files, job, parquet
 from raftune.store import run as run_folder
-from tests.runs import sketches, tiny
+from tests.runs import image_family, tiny
 
 REPOSITORY = Path(__file__).parents[2]
 IGNORED = ("events.jsonl", "environment.json", "LOCK", "report.html")  # times and places of this process
@@ -287,7 +287,7 @@ def latents() -> Scenario:
     changes: dict[str, Any] = {"num_rounds": 1, "prompts_per_round": 5, "evaluation": {"num_prompts": 0}}
 
     def act(root: Path) -> object:
-        return runs.run(sketches.config(root, keep_latents="selected", **changes), sketches.objects())
+        return runs.run(image_family.config(root, keep_latents="selected", **changes), image_family.objects())
 
     def again(root: Path) -> object:
         act(root)
@@ -475,7 +475,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
         scratch = Path(name)
         runs.run(tiny.config(scratch / "warm", **tiny.EVERYTHING), tiny.objects())  # so that late imports are done
-        runs.run(sketches.config(scratch / "images"), sketches.objects())
+        runs.run(image_family.config(scratch / "images"), image_family.objects())
         scenario = SCENARIOS[args.scenario](scratch / "base")
         BROKEN.get(args.broken, lambda: None)()
         code = getattr(errno, args.failing or "", 0)

@@ -18,7 +18,7 @@ from raftune.rewards.combining import numbered, ranks
 from raftune.runtime.run import run, verify
 from raftune.training.devices import devices
 from tests.builders import tiny_clip
-from tests.runs import sketches, tiny
+from tests.runs import image_family, tiny
 
 BRIGHT = {"spec": "colour", "name": "bright"}
 SMALL = {"spec": "file_size", "name": "small", "weight": -1.0, "options": {"format": "png"}}
@@ -26,11 +26,11 @@ RANKED = {"rewards": {"reward_funcs": [BRIGHT, SMALL], "combine": "rank"}, "eval
 
 
 def pictured(root: Path, **changes: Any) -> Any:
-    return sketches.config(root, **changes)
+    return image_family.config(root, **changes)
 
 
 def without_rewards() -> Any:
-    found = sketches.objects()
+    found = image_family.objects()
     return type(found)(train=found.train, held_out=found.held_out)
 
 
@@ -148,13 +148,14 @@ def test_a_threshold_counts_its_weight_and_the_ledger_keeps_the_value(tmp_path: 
 
 def test_a_reward_of_texts_is_refused_for_images_before_generation(tmp_path: Path) -> None:
     message = (
-        r"rewards\.reward_funcs: length scores texts, and policy\.family: tests\.runs\.sketches:Sketcher makes images"
+        r"rewards\.reward_funcs: length scores texts, and policy\.family: "
+        r"tests\.runs\.image_family:SketchFamily makes images"
     )
     length = {"spec": "length", "options": {"target": 3}}
     with pytest.raises(ConfigError, match=message):
         run(pictured(tmp_path / "run", rewards={"reward_funcs": [BRIGHT, length]}), without_rewards())
     with pytest.raises(ConfigError, match=message.replace("rewards", "evaluation", 1)):
-        run(pictured(tmp_path / "run", evaluation={"reward_funcs": [length]}), sketches.objects())
+        run(pictured(tmp_path / "run", evaluation={"reward_funcs": [length]}), image_family.objects())
     assert not list((tmp_path / "run").glob("round-*"))
 
 

@@ -16,14 +16,14 @@ from raftune.results.summary import columns_for, rows_of
 from raftune.rewards.loading import load_panel
 from raftune.rewards.panel import batch_of
 from raftune.runtime.run import run, verify
-from tests.runs.sketches import config, objects, saturation
+from tests.runs.image_family import config, objects, saturation
 
 BROKEN = {"size": 16, "broken": 0.2, "lost": 0.1}
-SKETCHER = "tests.runs.sketches:Sketcher"
+SKETCH_FAMILY = "tests.runs.image_family:SketchFamily"
 
 
 def broken(**more: Any) -> dict[str, Any]:
-    return {"policy": {"family": SKETCHER, "options": {**BROKEN, **more}}}
+    return {"policy": {"family": SKETCH_FAMILY, "options": {**BROKEN, **more}}}
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from raftune.cli import main
 from raftune.errors import ConfigError, StoreError
 from raftune.runtime.run import run, verify
 from tests.runs import tiny
+from tests.runs.image_family import config, darkness, objects
 from tests.runs.kill import tree
-from tests.runs.sketches import config, darkness, objects
 
 NONE = {"evaluation": {"num_prompts": 0}}
 

@@ -20,7 +20,7 @@ from raftune.runtime.run import run
 from raftune.stages.score import logged_metrics
 from raftune.store.run import RunFolder
 from tests.runs.kill import tree
-from tests.runs.test_reward_signals import parrot
+from tests.runs.test_reward_signals import sentences_config
 
 FILE = """
 import numpy as np
@@ -48,7 +48,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def go(root: Path, *specs: str, rewards: Any = ()) -> None:
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
     run(
-        parrot(root, *specs),
+        sentences_config(root, *specs),
         PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2), rewards=rewards),
     )
 

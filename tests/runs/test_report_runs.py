@@ -23,8 +23,8 @@ from raftune.store.parquet import read_table
 from raftune.store.run import RunFolder
 from tests.markup import Seen
 from tests.runs import tiny
+from tests.runs.injection_family import NAMES, injection_run
 from tests.runs.kill import tree
-from tests.runs.parrot import NAMES, hostile_run
 
 Document = dict[str, Any]
 
@@ -347,7 +347,8 @@ def test_weights_that_were_dropped_on_purpose_are_not_missing(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_run_of_injections_has_the_elements_of_any_other(tmp_path: Path) -> None:
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-    hostile, plain = hostile_run(tmp_path / "a"), hostile_run(tmp_path / "b", policy={"options": {"sentences": words}})
+    hostile = injection_run(tmp_path / "a")
+    plain = injection_run(tmp_path / "b", policy={"options": {"sentences": words}})
     (plain / "config.yaml").write_text("name: plain\n")
     shown, other_ = (Seen(write_report(root).read_text(encoding="utf-8")) for root in (hostile, plain))
     assert set(shown.tags) == set(other_.tags)

@@ -83,7 +83,7 @@ def served() -> Iterator[tuple[str, list[Callable[[], None]]]]:
     server.server_close()
 
 
-def parrot(root: Path, *rewards: Any) -> RunConfig:
+def sentences_config(root: Path, *rewards: Any) -> RunConfig:
     return validate(
         {
             "output_dir": str(root),
@@ -91,7 +91,7 @@ def parrot(root: Path, *rewards: Any) -> RunConfig:
             "prompts_per_round": 4,
             "report": False,
             "data": {"prompts": "given as an object"},
-            "policy": {"family": "tests.runs.parrot:Parrot", "options": {"sentences": SENTENCES}},
+            "policy": {"family": "tests.runs.injection_family:InjectionFamily", "options": {"sentences": SENTENCES}},
             "sampling": {"num_generations": 4, "chunk_size": 2},
             "evaluation": {"num_prompts": 2, "num_generations": 2},
             "rewards": {"reward_funcs": rewards, "batch_size": 4},
@@ -109,15 +109,15 @@ def go(config: RunConfig, *rewards: Any) -> None:
 
 def interrupted_and_resumed(root: Path, interrupt: Interruption, number: int, specs: Any, objects: Any = ()) -> None:
     """One run without an interrupt, one with; what is committed at the interrupt and at the end is the first's."""
-    go(parrot(root / "whole", *specs), *objects)
+    go(sentences_config(root / "whole", *specs), *objects)
     expected = tree(root / "whole")
     interrupt.number, interrupt.left = number, 4
     with pytest.raises(Interrupted, match="raftune resume"):
-        go(parrot(root / "cut", *specs), *objects)
+        go(sentences_config(root / "cut", *specs), *objects)
     assert interrupt.left <= 0
     kept = {name: sha for name, sha in tree(root / "cut").items() if "/score/unit" in name}
     assert kept.items() <= expected.items()
-    go(parrot(root / "cut", *specs), *objects)
+    go(sentences_config(root / "cut", *specs), *objects)
     assert tree(root / "cut") == expected
 
 
@@ -144,7 +144,10 @@ def test_ctrl_c_from_python_comes_out_of_the_run_as_keyboard_interrupt(
     interrupt.left = 4
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
     with pytest.raises(KeyboardInterrupt):
-        run(parrot(tmp_path, reward_model), PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2)))
+        run(
+            sentences_config(tmp_path, reward_model),
+            PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2)),
+        )
 
 
 def test_a_model_that_swallows_the_signal_or_makes_another_error_of_it_commits_nothing_either(
@@ -209,11 +212,11 @@ def test_a_signal_while_a_reward_of_its_own_process_scores_leaves_no_trace(tmp_p
         "    return [float(len(text)) for text in completions]\n"
     )
     spec = f"{tmp_path / 'lengths.py'}:length"
-    go(parrot(tmp_path / "whole", spec))
+    go(sentences_config(tmp_path / "whole", spec))
     (tmp_path / "mark").write_text("on")
     with pytest.raises(Interrupted):
-        go(parrot(tmp_path / "cut", spec))
-    go(parrot(tmp_path / "cut", spec))
+        go(sentences_config(tmp_path / "cut", spec))
+    go(sentences_config(tmp_path / "cut", spec))
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
@@ -271,7 +274,7 @@ def test_what_a_scripts_own_handler_raises_leaves_the_run_and_is_no_score(
 
     forward = type(llama()).forward
     monkeypatch.setattr(type(llama()), "forward", lambda *args, **kwargs: (interrupt(), forward(*args, **kwargs))[1])
-    config = parrot(tmp_path, *([reward_model] if place == "model" else []))
+    config = sentences_config(tmp_path, *([reward_model] if place == "model" else []))
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
     rewards = [length] if place == "callable" else []
     before = signal.signal(signal.SIGUSR1, stop)

@@ -22,7 +22,7 @@ from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.runs.http_judge import judging
 from tests.runs.kill import tree
-from tests.runs.test_reward_signals import parrot
+from tests.runs.test_reward_signals import sentences_config
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def judge(completions, api_key, log, **columns):
 
 
 def go(root: Path, spec: Any, **changes: Any) -> None:
-    config = parrot(root, spec).model_dump(mode="json") | {"report": True}
+    config = sentences_config(root, spec).model_dump(mode="json") | {"report": True}
     config["rewards"] |= {"batch_size": 1, "max_failure_fraction": 1.0}
     prompts = pa.table({"prompt": ["a", "b", "c", "d"]})
     run(validate(config), PythonObjects(train=lambda: prompts, held_out=lambda: prompts.slice(0, 2)))

@@ -16,13 +16,13 @@ from raftune.records import Prompt
 from raftune.runtime.progress import Progress
 from raftune.runtime.run import run
 from tests.pipelines import save_tiny
-from tests.runs.sketches import Sketcher
+from tests.runs.image_family import SketchFamily
 
 READ = 12  # letters that the family below reads
 LONG = "a red disc on a blue ground"
 
 
-class Reading(Sketcher):
+class Reading(SketchFamily):
     """Sketches of texts, of which it reads the first twelve letters."""
 
     def unread(self, prompt: Prompt) -> str | None:
@@ -44,7 +44,7 @@ def config(root: Path, prompts: str, **changes: Any) -> RunConfig:
         "data": {"prompts": prompts},
         "policy": {"family": "tests.runs.test_unread_prompts:Reading", "options": {"size": 16}},
         "sampling": {"num_generations": 2},
-        "rewards": {"reward_funcs": ["tests.runs.sketches:saturation"]},
+        "rewards": {"reward_funcs": ["tests.runs.image_family:saturation"]},
         "evaluation": {"num_prompts": 0},
         "engine": {"threads": 1},
     }

@@ -20,7 +20,7 @@ from raftune.errors import DataError
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.sft import sft
-from tests.runs.sketches import config, saturation
+from tests.runs.image_family import config, saturation
 
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
 
@@ -107,7 +107,7 @@ def test_a_policy_is_taught_prompts_with_images(folder: Path, column: str, monke
         "output_dir": str(folder / "out"),
         "threads": 1,
         "data": {"path": str(folder / "taught.jsonl"), "held_out_fraction": 0.3},
-        "policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16}},
+        "policy": {"family": "tests.runs.image_family:SketchFamily", "options": {"size": 16}},
     }
     learned = sft(validate_as(SftConfig, given))
     assert learned.report["data"]["learned"] == 9 and learned.report["data"]["held_out"] == 3
@@ -127,6 +127,6 @@ def test_an_image_that_is_not_there_is_a_row_that_is_skipped(folder: Path) -> No
         "output_dir": str(folder / "out"),
         "threads": 1,
         "data": {"path": str(folder / "taught.jsonl")},
-        "policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16}},
+        "policy": {"family": "tests.runs.image_family:SketchFamily", "options": {"size": 16}},
     }
     assert sft(validate_as(SftConfig, given)).report["data"]["skipped"] == {"missing column": 1}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawing_models import VOCABULARY, prompts, seeds
+from sampling_models import VOCABULARY, prompts, seeds
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from raftune.config.policy import AdapterConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawing_models import VOCABULARY, gpt2, llama, mamba, mistral, path_of
+from sampling_models import VOCABULARY, gpt2, llama, mamba, mistral, path_of
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,

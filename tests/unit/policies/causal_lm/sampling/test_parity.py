@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawing_models import VOCABULARY, llama, prompts, seeds
+from sampling_models import VOCABULARY, llama, prompts, seeds
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from raftune.config.policy import AdapterConfig

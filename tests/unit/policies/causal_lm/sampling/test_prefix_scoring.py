@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing_models import VOCABULARY, gpt2, gpt_neox, llama, mistral, qwen2
+from sampling_models import VOCABULARY, gpt2, gpt_neox, llama, mistral, qwen2
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from raftune.config.policy import AdapterConfig

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing_models import CONTEXT, VOCABULARY, characters, gpt2, llama, mamba, mistral, prompts, seeds
+from sampling_models import CONTEXT, VOCABULARY, characters, gpt2, llama, mamba, mistral, prompts, seeds
 from torch import Tensor, nn
 
 from raftune.errors import ConfigError, DataError, ModelError, OutOfMemory

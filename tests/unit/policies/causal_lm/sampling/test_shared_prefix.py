@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from drawing_models import VOCABULARY, gpt2, gpt_neox, llama, mamba, mistral, path_of, prompts, qwen2, seeds
 from peft import LoraConfig, get_peft_model
+from sampling_models import VOCABULARY, gpt2, gpt_neox, llama, mamba, mistral, path_of, prompts, qwen2, seeds
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

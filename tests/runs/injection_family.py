@@ -22,7 +22,7 @@ NAMES = (HOSTILE[0], HOSTILE[4], "__proto__", "constructor")
 LENGTH = {"spec": "length", "name": "пароль_ﷺ", "options": {"target": 20}}
 
 
-class Parrot:
+class InjectionFamily:
     """Draws one of its sentences by the seed alone."""
 
     media = "text"
@@ -46,7 +46,7 @@ class Parrot:
     def verify(cls, start: Path) -> None: ...
 
     @classmethod
-    def load(cls, config: RunConfig, folder: Path, start: Path) -> Parrot:
+    def load(cls, config: RunConfig, folder: Path, start: Path) -> InjectionFamily:
         return cls(json.loads((folder / "policy.json").read_text()))
 
     def generate(self, chunk: Chunk) -> list[Sample]:
@@ -70,7 +70,7 @@ class Parrot:
         return ()
 
 
-def hostile_run(root: Path, **changes: Any) -> Path:
+def injection_run(root: Path, **changes: Any) -> Path:
     """A finished run of one round whose prompts, answers, reward names and run name are injections."""
     base = {
         "output_dir": str(root),
@@ -78,7 +78,7 @@ def hostile_run(root: Path, **changes: Any) -> Path:
         "prompts_per_round": len(HOSTILE),
         "report": False,
         "data": {"prompts": "given as an object"},
-        "policy": {"family": "tests.runs.parrot:Parrot"},
+        "policy": {"family": "tests.runs.injection_family:InjectionFamily"},
         "sampling": {"num_generations": 3, "chunk_size": 16},
         "evaluation": {"num_prompts": 5, "num_generations": 2, "reward_funcs": [LENGTH]},
         "engine": {"threads": 1},

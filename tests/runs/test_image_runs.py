@@ -25,11 +25,11 @@ from raftune.stages.evaluate import EvaluateStage
 from raftune.store.commit import FileEntry, Manifest
 from raftune.store.run import RunFolder
 from tests.runs import tiny
-from tests.runs.sketches import captions, config, indifferent, objects, saturation
+from tests.runs.image_family import captions, config, indifferent, objects, saturation
 
 MANY: dict[str, Any] = {"prompts_per_round": 20, "sampling": {"num_generations": 8, "chunk_size": 8}}
-SATURATION = {"spec": "tests.runs.sketches:saturation"}
-DARKNESS = {"spec": "tests.runs.sketches:darkness"}
+SATURATION = {"spec": "tests.runs.image_family:saturation"}
+DARKNESS = {"spec": "tests.runs.image_family:darkness"}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_run_that_saturates_its_images_raises_the_alarm(vivid: Path, capsys: p
 
 def test_a_reward_that_does_not_care_how_images_look_raises_none(tmp_path: Path) -> None:
     """Five rounds of winners by chance, the family's start left where it is."""
-    still = {"policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16, "step": 0.0}}}
+    still = {"policy": {"family": "tests.runs.image_family:SketchFamily", "options": {"size": 16, "step": 0.0}}}
     run(config(tmp_path / "run", num_rounds=5, evaluation={"num_prompts": 0}, **MANY, **still), objects(indifferent))
     assert [alarms_of(RunFolder(tmp_path / "run"), round_) for round_ in range(1, 6)] == [[]] * 5
 
@@ -135,7 +135,7 @@ def test_features_say_how_varied_images_are_and_how_far_they_went(
 ) -> None:
     extractor = Extractor()
     monkeypatch.setattr(Runtime, "extractor", lambda self: extractor)
-    broken = {"policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16, "broken": 0.1}}}
+    broken = {"policy": {"family": "tests.runs.image_family:SketchFamily", "options": {"size": 16, "broken": 0.1}}}
     run(config(tmp_path / "run", evaluation={"features": "any"}, **broken), objects())
     start, last = metrics(tmp_path / "run", 0), metrics(tmp_path / "run", 2)
     assert start["feature_drift"]["mean"] == pytest.approx(0, abs=1e-6)

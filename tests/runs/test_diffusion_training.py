@@ -26,7 +26,7 @@ from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run, verify
 from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, save_tiny, tiny_pipeline
-from tests.runs import sketches
+from tests.runs import image_family
 from tests.runs.test_diffusion_families import config, first_of, objects, pixels, plainly
 
 pytestmark = pytest.mark.slow
@@ -220,12 +220,12 @@ def test_a_lora_on_a_bundled_pipeline_takes_that_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".parquet", ""])
 def test_samples_are_taken_away_as_images_that_datasets_shows(tmp_path: Path, suffix: str) -> None:
     root, out = tmp_path / "run", tmp_path / f"pairs{suffix}"
-    run(sketches.config(root, num_rounds=1), sketches.objects())
+    run(image_family.config(root, num_rounds=1), image_family.objects())
     assert export(root, "preference", out) > 0
     with quiet():
         table = datasets.Dataset.from_parquet(str(out)) if suffix else datasets.load_from_disk(str(out))
     row = table[0]
-    scores = [sketches.saturation(prompts=[""], completions=[row[name]])[0] for name in ("chosen", "rejected")]
+    scores = [image_family.saturation(prompts=[""], completions=[row[name]])[0] for name in ("chosen", "rejected")]
     assert scores[0] - scores[1] == pytest.approx(row["margin"])
     with pytest.raises(ConfigError, match=r"must end in \.parquet or be a folder for a run of images; got 'p.jsonl'"):
         export(root, "sft", tmp_path / "p.jsonl")

@@ -12,8 +12,8 @@ from playwright.sync_api import Browser
 
 from tests.injections import HOSTILE
 from tests.runs import report_pages as pages
+from tests.runs.report_image_pages import VOID, painted
 from tests.runs.report_pages import SCREENS, Opened, written
-from tests.runs.report_pictures import VOID, painted
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(pages.CHROMIUM is None, reason=pages.NO_BROWSER)]
 

@@ -367,4 +367,4 @@ def test_the_detail_of_an_error_names_file_and_line_of_the_users_code_and_not_ou
 
     first = raises.__code__.co_firstlineno
     part = score([load_reward(raises)], batch())[0].parts["r0"]
-    assert part.detail.endswith(f" (test_panel.py, line {first + 1})")
+    assert part.detail.endswith(f" (test_reward_set.py, line {first + 1})")

@@ -21,7 +21,7 @@ from raftune.store.commit import MARKER, with_hash
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import json_bytes, sha256_of
 from raftune.store.parquet import read_metadata, read_table, write_table
-from tests.runs import sketches
+from tests.runs import image_family
 
 SHARD = "round-0001/generate/chunk-00000.parquet"
 
@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds of images of 8 pixels, some of them flat and some of them none; the damage is done to copies."""
     root = tmp_path_factory.mktemp("finished") / "run"
     options = {"options": {"size": 8, "broken": 0.1, "lost": 0.1}}
-    run(sketches.config(root, policy=options, training={"replay_rounds": 1}), sketches.objects())
+    run(image_family.config(root, policy=options, training={"replay_rounds": 1}), image_family.objects())
     return root
 
 
@@ -170,7 +170,7 @@ def test_without_pillow_large_images_are_named_as_missing_and_small_ones_are_sho
 
 def test_latents_that_were_removed_on_purpose_are_no_damage(tmp_path: Path) -> None:
     changes = {"num_rounds": 1, "evaluation": {"num_prompts": 0}, "keep_latents": "selected"}
-    run(sketches.config(tmp_path / "run", **changes), sketches.objects())
+    run(image_family.config(tmp_path / "run", **changes), image_family.objects())
     assert 'id="gallery"' not in overview(collect(tmp_path / "run"))  # nothing is held out: there is nothing to compare
     marker = tmp_path / "run/round-0001/generate" / MARKER
     assert marker.is_file()

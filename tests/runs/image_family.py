@@ -1,6 +1,6 @@
 """A family of images without a network: images generated from six numbers, which a fit moves towards what was kept.
 
-    policy: {family: "tests.runs.sketches:Sketcher", options: {size: 16}}
+    policy: {family: "tests.runs.image_family:SketchFamily", options: {size: 16}}
 
 The ledger's form of an image, as any family has it: PNG bytes, their hash, why a sample is no image, and latents. A
 run of two rounds takes a fraction of a second and imports no torch.
@@ -32,7 +32,7 @@ COLOURS = ("red", "green", "blue", "yellow", "pink", "grey")
 NARROWEST = 0.05  # of the spread that a fit may come to
 
 
-class Sketcher:
+class SketchFamily:
     """A disc of one colour on another: six numbers z ~ N(mean, std²), shifted by the prompt; a fit takes the winners'.
 
     options: `size` in pixels; `mean` and `std` of the start, a number each; `broken`, the share of samples that are
@@ -68,7 +68,7 @@ class Sketcher:
     def verify(cls, start: Path) -> None: ...
 
     @classmethod
-    def load(cls, config: RunConfig, folder: Path, start: Path) -> Sketcher:
+    def load(cls, config: RunConfig, folder: Path, start: Path) -> SketchFamily:
         return cls(config.policy.options, folder)
 
     @property
@@ -196,7 +196,7 @@ def config(root: Path, **changes: Any) -> RunConfig:
         "report": False,  # the page has tests of its own
         "prompts_per_round": 8,
         "data": {"prompts": "given as an object"},
-        "policy": {"family": "tests.runs.sketches:Sketcher", "options": {"size": 16}},
+        "policy": {"family": "tests.runs.image_family:SketchFamily", "options": {"size": 16}},
         "sampling": {"num_generations": 4, "chunk_size": 4},
         "evaluation": {"num_prompts": 6, "num_generations": 4},
         "engine": {"threads": 1},

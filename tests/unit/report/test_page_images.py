@@ -16,7 +16,7 @@ from raftune.report import pictures
 from raftune.report.pictures import EmbeddedImage, ImageSet, embed
 from raftune.report.reading import RunReader
 from raftune.store.run import RunFolder
-from tests.runs.report_pictures import chunk, png
+from tests.runs.report_image_pages import chunk, png
 
 PLACE = "round-0001/generate/chunk-00000.parquet"
 RED, BLUE = (200, 0, 0), (0, 0, 200)

@@ -14,7 +14,7 @@ from PIL import Image
 from raftune.data.images import image_of
 from raftune.errors import DataError
 from raftune.runtime.run import run
-from tests.runs.sketches import config, objects
+from tests.runs.image_family import config, objects
 
 SIDE = 16
 NONE: dict[str, Any] = {"evaluation": {"num_prompts": 0}, "num_rounds": 1}
