@@ -137,7 +137,7 @@ def parts(model: Path | str, *, lora: bool = False, seed: int = 0, **changes: An
     return Parts(*chosen, seed)
 
 
-def unit_of(contents: Sequence[Any], k: int = 4, batch_size: int = 8) -> Chunk:
+def chunk_of(contents: Sequence[Any], k: int = 4, batch_size: int = 8) -> Chunk:
     """A chunk of these prompts, named p0, p1, …, with K seeds each."""
     prompts = tuple(Prompt(f"p{i}", content) for i, content in enumerate(contents))
     seeds = tuple(tuple(derive_seed("generate", p.id, j) for j in range(k)) for p in prompts)

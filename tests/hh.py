@@ -62,7 +62,7 @@ def row(chosen: Any, rejected: Any, **more: Any) -> bytes:
     return json.dumps({"chosen": chosen, "rejected": rejected, **more}, ensure_ascii=False).encode()
 
 
-def asked(rng: Random) -> Request:
+def random_request(rng: Random) -> Request:
     return rng.choice(requests("train"))
 
 
@@ -78,9 +78,9 @@ def exchange(rng: Random, turns: int = 1) -> tuple[Turns, str, str]:
     """A dialogue up to the last question, a good answer and a bad one; in one of twenty, the other way round."""
     before: Turns = []
     for _ in range(turns - 1):
-        request = asked(rng)
+        request = random_request(rng)
         before += [human(request, rng), assistant(request, rng)]
-    request = asked(rng)
+    request = random_request(rng)
     good, bad = assistant(request, rng, "good", "advice"), assistant(request, rng, "rude", "curt", "ramble")
     if rng.random() < NOISE:
         good, bad = bad, good
@@ -130,18 +130,18 @@ def long_prompt(rng: Random) -> Line:
     return Line(pair([("Human", f"{prompt[-1][1]} {'and so on ' * 4000}")], good, bad), "long prompt")
 
 
-def long_answer(rng: Random) -> Line:
+def long_completion(rng: Random) -> Line:
     prompt, good, bad = exchange(rng)
     return Line(pair(prompt, good + " And again." * 4000, bad), "long answer")
 
 
-def empty_answer(rng: Random) -> Line:
+def empty_completion(rng: Random) -> Line:
     prompt, good, _ = exchange(rng)
     answers = (good, rng.choice(("", "  ", "\n")))
     return Line(pair(prompt, *(answers if rng.random() < 0.5 else answers[::-1])), "empty answer")
 
 
-def same_answer(rng: Random) -> Line:
+def same_completion(rng: Random) -> Line:
     prompt, good, _ = exchange(rng, rng.choice((1, 2)))
     return Line(pair(prompt, good, good + rng.choice(("", " ", "\n"))), "chosen equal to rejected")
 
@@ -204,7 +204,14 @@ def wrong_type(rng: Random) -> Line:
 
 KINDS: tuple[tuple[int, Callable[[Random], Line]], ...] = (
     *((560, plain), (360, several_turns), (24, parts_early), (64, of_all_scripts), (20, carriage_returns)),
-    *((12, long_prompt), (14, long_answer), (21, empty_answer), (19, same_answer), (13, other_prompt), (5, no_turns)),
+    *(
+        (12, long_prompt),
+        (14, long_completion),
+        (21, empty_completion),
+        (19, same_completion),
+        (13, other_prompt),
+        (5, no_turns),
+    ),
     *((11, ends_with_human), (17, out_of_order), (6, empty_prompt), (16, broken), (3, half_a_surrogate)),
     *((15, missing_key), (10, wrong_type)),
 )

@@ -31,7 +31,7 @@ def correctness(prompts: list[str], completions: list[str], answer: list[int], *
     return [-abs(len(text) - target) for text, target in zip(completions, answer, strict=True)]
 
 
-def spoken(completions: list[Any], **kwargs: Any) -> list[float]:
+def length_of_message(completions: list[Any], **kwargs: Any) -> list[float]:
     return [float(len(messages[0]["content"])) for messages in completions]
 
 
@@ -207,7 +207,11 @@ SCRIPTS: Sequence[Script] = (
             "remove_unused_columns": False,
             "dataloader_num_workers": 4,
         },
-        lambda: {"train_dataset": CHAT, "reward_funcs": spoken, "processing_class": tiny_tokenizer(chat=True)},
+        lambda: {
+            "train_dataset": CHAT,
+            "reward_funcs": length_of_message,
+            "processing_class": tiny_tokenizer(chat=True),
+        },
         trains=True,
     ),
     Script(

@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def said(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str]:
+def output_of(capsys: pytest.CaptureFixture[str], *command: str) -> tuple[int, str]:
     capsys.readouterr()
     code = main([*command, *NEEDS.get(command[0], [])])
     captured = capsys.readouterr()
@@ -85,7 +85,7 @@ def test_a_printed_command_works_in_the_working_directory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(place)
-    _, text = said(capsys, *command)
+    _, text = output_of(capsys, *command)
     if command[0] == "samples":
         assert "Did you mean runs/polite run?" in text
         return
@@ -103,7 +103,7 @@ def test_a_name_in_the_folder_runs_is_suggested(
 ) -> None:
     monkeypatch.chdir(place)
     for given in ("polite run", "polite rum", "runs/polite-run"):
-        code, text = said(capsys, command, given)
+        code, text = output_of(capsys, command, given)
         assert code == 1 and "Did you mean runs/polite run?" in text, text
 
 
@@ -121,7 +121,7 @@ def test_what_is_no_run_is_recognised(
         (str(tmp_path / "reward"), "it is what `raftune reward train` wrote."),
         ("runs/polite run@2", "Did you mean runs/polite run --round 2?"),
     ):
-        code, text = said(capsys, command, given)
+        code, text = output_of(capsys, command, given)
         assert code == 1 and words in text, text
 
 
@@ -130,7 +130,7 @@ def test_a_run_in_the_place_of_a_configuration_is_resumed_by_its_own_command(
     place: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    code, text = said(capsys, command, "runs/polite run")
+    code, text = output_of(capsys, command, "runs/polite run")
     assert code == 2 and "`raftune resume 'runs/polite run'` goes on with it" in text
     assert "YAML: IsADirectoryError" not in text
 
@@ -141,9 +141,9 @@ def test_an_evaluation_is_not_advised_to_train(
 ) -> None:
     monkeypatch.chdir(place)
     for command in ("alarms", "select", "rescore", "export"):
-        _, text = said(capsys, command, "before")
+        _, text = output_of(capsys, command, "before")
         assert "It is an evaluation" in text and "resume" not in text, text
-    code, text = said(capsys, "resume", "before")
+    code, text = output_of(capsys, "resume", "before")
     assert code == 0 and "held-out prompts" in text and "the start itself" not in text
 
 

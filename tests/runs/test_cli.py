@@ -105,7 +105,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def said(capsys: pytest.CaptureFixture[str], *tokens: str, code: int = 0) -> tuple[str, str]:
+def output_of(capsys: pytest.CaptureFixture[str], *tokens: str, code: int = 0) -> tuple[str, str]:
     found = main(list(tokens))
     out, err = capsys.readouterr()
     assert found == code, err
@@ -117,7 +117,7 @@ def said(capsys: pytest.CaptureFixture[str], *tokens: str, code: int = 0) -> tup
 
 @pytest.mark.slow
 def test_results_are_on_stdout_and_progress_on_stderr(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, err = said(capsys, "train", "tab.yaml")
+    out, err = output_of(capsys, "train", "tab.yaml")
     assert out.startswith("Finished: all 2 rounds are done.\n")
     assert "runs/tab/round-000" in out
     assert "none was judged" not in out
@@ -130,7 +130,7 @@ def test_results_are_on_stdout_and_progress_on_stderr(fresh: Path, capsys: pytes
 @pytest.mark.slow
 def test_a_finished_run_says_so_and_where_its_result_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(finished)
-    out, _ = said(capsys, "train", "tab.yaml")
+    out, _ = output_of(capsys, "train", "tab.yaml")
     assert out.startswith("Already finished; nothing to do: all 2 rounds are done.")
     assert re.search(r"model +runs/tab/round-000\d/model", out)
     assert tree(finished) == before
@@ -139,13 +139,13 @@ def test_a_finished_run_says_so_and_where_its_result_is(finished: Path, capsys: 
 def test_an_unevaluated_run_says_that_its_best_round_is_the_last(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, _ = said(capsys, "train", "tab.yaml", "--name", "unjudged", "--evaluation.num_prompts", "0")
+    out, _ = output_of(capsys, "train", "tab.yaml", "--name", "unjudged", "--evaluation.num_prompts", "0")
     assert "best      round 2 (the last one: none was judged)" in out
 
 
 @pytest.mark.slow
 def test_a_program_can_read_the_outcome(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "train", "tab.yaml", "--json")
+    out, _ = output_of(capsys, "train", "tab.yaml", "--json")
     outcome = json.loads(out)
     assert outcome["rounds"] == 2
     assert not outcome["worked"]
@@ -155,20 +155,20 @@ def test_a_program_can_read_the_outcome(finished: Path, capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_flags_go_over_files_and_later_files_over_earlier_ones(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (fresh / "more.yaml").write_text("num_rounds: 1\nseed: 5\n")
-    said(capsys, "train", "tab.yaml", "more.yaml", "--seed", "7", "--name", "other")
+    output_of(capsys, "train", "tab.yaml", "more.yaml", "--seed", "7", "--name", "other")
     config = json.loads((fresh / "runs/other/config.resolved.json").read_text())
     assert (config["num_rounds"], config["seed"], config["prompts_per_round"]) == (1, 7, 8)
 
 
 @pytest.mark.slow
 def test_the_configuration_in_the_run_gives_the_same_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "train", "runs/tab/config.yaml")
+    out, _ = output_of(capsys, "train", "runs/tab/config.yaml")
     assert out.startswith("Already finished")
 
 
 @pytest.mark.slow
 def test_resume_can_ask_for_more_rounds(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, err = said(capsys, "resume", "runs/tab", "--num-rounds", "3")
+    out, err = output_of(capsys, "resume", "runs/tab", "--num-rounds", "3")
     assert out.startswith("Finished: all 3 rounds are done.")
     assert "num_rounds: 2 → 3" in err
 
@@ -177,7 +177,7 @@ def test_resume_can_ask_for_more_rounds(copied: Path, capsys: pytest.CaptureFixt
 def test_another_configuration_is_refused_with_the_difference(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, err = said(capsys, "train", "tab.yaml", "--selection.rule", "random", code=2)
+    _, err = output_of(capsys, "train", "tab.yaml", "--selection.rule", "random", code=2)
     assert "rule" in err
     assert "--from" in err
     assert verify(finished) == []
@@ -186,27 +186,27 @@ def test_another_configuration_is_refused_with_the_difference(
 @pytest.mark.slow
 def test_from_redoes_a_stage_and_what_follows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = tree(copied / "runs/tab/round-0002/generate")
-    _, err = said(capsys, "resume", "runs/tab", "--from", "2/select", "--selection.rule", "random", code=2)
+    _, err = output_of(capsys, "resume", "runs/tab", "--from", "2/select", "--selection.rule", "random", code=2)
     assert "select of round 1" in err  # the rule shaped an earlier round as well
-    _, err = said(capsys, "resume", "runs/tab", "--from", "2/train")
+    _, err = output_of(capsys, "resume", "runs/tab", "--from", "2/train")
     assert "set aside, to superseded/: " in err
     assert tree(copied / "runs/tab/round-0002/generate") == drawn
 
 
 def test_resume_takes_no_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, err = said(capsys, "resume", "runs/tab", "tab.yaml", code=2)
+    _, err = output_of(capsys, "resume", "runs/tab", "tab.yaml", code=2)
     assert err.startswith("error: resume takes one run; got 'tab.yaml' as well.")
 
 
 def test_where_no_run_is_resume_points_to_the_list(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, err = said(capsys, "resume", "runs/none", code=1)
+    _, err = output_of(capsys, "resume", "runs/none", code=1)
     assert "runs/none holds no run" in err
     assert "`raftune runs`" in err
 
 
 def test_a_run_in_use_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FileLock(finished / "LOCK"):
-        _, err = said(capsys, "train", "tab.yaml", code=1)
+        _, err = output_of(capsys, "train", "tab.yaml", code=1)
         assert status_of(finished).state == "in use"
     assert err.startswith("error: runs/tab is in use by another process.")
 
@@ -216,7 +216,7 @@ def test_a_run_of_a_newer_version_is_refused(copied: Path, capsys: pytest.Captur
     path = copied / "runs/tab/round-0001/select/_COMMIT.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layout": 99}))
     for command in (["train", "tab.yaml"], ["resume", "runs/tab"]):
-        _, err = said(capsys, *command, code=1)
+        _, err = output_of(capsys, *command, code=1)
         assert "has layout 99" in err
         assert "Upgrade raftune" in err
 
@@ -225,7 +225,7 @@ def test_a_run_of_a_newer_version_is_refused(copied: Path, capsys: pytest.Captur
 def test_a_reward_that_breaks_its_contract_stops_the_run_in_words(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, err = said(capsys, "train", "tab.yaml", "--rewards.reward_funcs", "rewards.py:short", code=1)
+    _, err = output_of(capsys, "train", "tab.yaml", "--rewards.reward_funcs", "rewards.py:short", code=1)
     last = err.splitlines()[-1]
     assert "returned 1 values" in last
     assert "max_failure_fraction" in last
@@ -249,8 +249,8 @@ def test_an_interrupted_run_ends_cleanly_and_resumes_to_the_same_bytes(
     assert "Traceback" not in err
     assert out == ""
     assert status_of(fresh / "runs/tab").state == "resumable"
-    said(capsys, "resume", "runs/tab")
-    said(capsys, "train", "tab.yaml", *slow, "--output-dir", "runs/whole")
+    output_of(capsys, "resume", "runs/tab")
+    output_of(capsys, "train", "tab.yaml", *slow, "--output-dir", "runs/whole")
     assert tree(fresh / "runs/tab") == tree(fresh / "runs/whole")
 
 
@@ -275,12 +275,12 @@ def test_a_second_signal_ends_at_once(fresh: Path) -> None:
 
 
 def test_runs_lists_how_far_each_is(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "runs")
+    out, _ = output_of(capsys, "runs")
     title, line = out.splitlines()
     assert title.split() == ["run", "family", "rounds", "best", "reward", "alarms", "state", "when"]
     assert line.split()[:3] == ["tab", "tabular", "2/2"]
     assert " finished " in line
-    out, _ = said(capsys, "runs", "--json")
+    out, _ = output_of(capsys, "runs", "--json")
     [status] = json.loads(out)
     assert status["state"] == "finished"
     assert status["start_reward"] <= status["best_reward"]
@@ -291,7 +291,7 @@ def test_a_damaged_run_is_listed_as_such_and_the_others_too(copied: Path, capsys
         shutil.copytree("runs/tab", f"runs/{name}")
     (copied / "runs/bad/round-0001/generate/_COMMIT.json").write_text("{")
     (copied / "runs/worse/config.resolved.json").write_text("[]")
-    out, _ = said(capsys, "runs")
+    out, _ = output_of(capsys, "runs")
     states = {line.split()[0]: line for line in out.splitlines()[1:4]}
     assert " finished " in states["tab"]
     assert " damaged " in states["bad"]
@@ -316,7 +316,7 @@ def test_a_run_whose_numbers_are_none_is_listed_as_damaged_with_the_file_and_the
 ) -> None:
     shutil.copytree(finished, fresh / "runs/harmed")
     (fresh / "runs/harmed" / name).write_text(content)
-    out, _ = said(capsys, "runs", str(fresh / "runs"))
+    out, _ = output_of(capsys, "runs", str(fresh / "runs"))
     assert " damaged " in out
     assert f"{name.split('/')[-1]}" in out
     assert "resume" in out
@@ -327,33 +327,33 @@ def test_alarms_that_are_none_are_refused_by_the_name_of_their_file(
 ) -> None:
     shutil.copytree(finished, fresh / "runs/harmed")
     (fresh / "runs/harmed/round-0001/guard/alarms.json").write_text('{"x": 1}')
-    _, err = said(capsys, "alarms", str(fresh / "runs/harmed"), code=1)
+    _, err = output_of(capsys, "alarms", str(fresh / "runs/harmed"), code=1)
     assert "alarms.json has 8 bytes" in err and "--from 1/guard`" in err
 
 
 def test_a_folder_that_is_not_there_is_no_list(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, err = said(capsys, "runs", "nowhere", code=2)
+    _, err = output_of(capsys, "runs", "nowhere", code=2)
     assert err.startswith("error: there is no folder nowhere.")
 
 
 @pytest.mark.slow
 def test_verify_names_a_changed_file_and_fails(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "verify", "runs/tab")
+    out, _ = output_of(capsys, "verify", "runs/tab")
     assert "is whole" in out
     path = copied / "runs/tab/round-0001/generate/chunk-00001.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    out, _ = said(capsys, "verify", "runs/tab", code=1)
+    out, _ = output_of(capsys, "verify", "runs/tab", code=1)
     assert "round-0001/generate/chunk-00001.parquet has changed" in out
-    out, _ = said(capsys, "verify", "runs/tab", "--json", code=1)
+    out, _ = output_of(capsys, "verify", "runs/tab", "--json", code=1)
     assert len(json.loads(out)["faults"]) == 1
-    _, err = said(capsys, "train", "tab.yaml", code=1)
+    _, err = output_of(capsys, "train", "tab.yaml", code=1)
     assert "chunk-00001.parquet has changed" in err
 
 
 def test_samples_mark_what_was_kept_and_why(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "samples", "runs/tab", "--round", "1", "-n", "8")
+    out, _ = output_of(capsys, "samples", "runs/tab", "--round", "1", "-n", "8")
     assert out.startswith("round 1, 8 of 8 prompts, in order")
     assert out.count("★") == 8
     assert out.count("best of its prompt") == 8
@@ -362,7 +362,7 @@ def test_samples_mark_what_was_kept_and_why(finished: Path, capsys: pytest.Captu
 
 def test_samples_are_sorted_as_asked(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def groups(sort: str) -> list[list[float]]:
-        out, _ = said(capsys, "samples", "runs/tab", "--sort", sort, "-n", "8", "--json")
+        out, _ = output_of(capsys, "samples", "runs/tab", "--sort", sort, "-n", "8", "--json")
         found: dict[str, list[float]] = {}
         for line in out.splitlines():
             sample = json.loads(line)
@@ -379,16 +379,16 @@ def test_samples_are_sorted_as_asked(finished: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_start_is_shown_by_what_judged_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "samples", "runs/tab", "--round", "0")
+    out, _ = output_of(capsys, "samples", "runs/tab", "--round", "0")
     assert "of 4 held-out prompts" in out
     assert "held out " in out
     assert "★" not in out
 
 
 def test_samples_of_one_prompt_are_found_by_text_or_id(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "samples", "runs/tab", "--prompt", "3", "--json")
+    out, _ = output_of(capsys, "samples", "runs/tab", "--prompt", "3", "--json")
     sample = json.loads(out.splitlines()[0])
-    again, _ = said(capsys, "samples", "runs/tab", "--prompt", sample["prompt_id"], "--json")
+    again, _ = output_of(capsys, "samples", "runs/tab", "--prompt", sample["prompt_id"], "--json")
     assert json.loads(again.splitlines()[0])["prompt_id"] == sample["prompt_id"]
 
 
@@ -404,7 +404,7 @@ def test_samples_of_one_prompt_are_found_by_text_or_id(finished: Path, capsys: p
 def test_samples_that_are_not_there_are_refused(
     tokens: list[str], message: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, err = said(capsys, "samples", "runs/tab", *tokens, code=2)
+    _, err = output_of(capsys, "samples", "runs/tab", *tokens, code=2)
     assert message in err
 
 
@@ -416,14 +416,16 @@ def test_a_reader_that_leaves_early_is_no_error(finished: Path) -> None:
 
 
 def test_export_writes_what_it_says(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "export", "runs/tab", "--format", "sft", "--out", str(tmp_path / "a.jsonl"))
+    out, _ = output_of(capsys, "export", "runs/tab", "--format", "sft", "--out", str(tmp_path / "a.jsonl"))
     assert out == f"Wrote 16 rows to {tmp_path / 'a.jsonl'}.\n"
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 16
-    said(capsys, "export", "runs/tab", "--format", "model", "--out", str(tmp_path / "model"))
+    output_of(capsys, "export", "runs/tab", "--format", "model", "--out", str(tmp_path / "model"))
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "policy.json", "raftune_files.json"}
-    _, err = said(capsys, "export", "runs/tab", "--format", "model", "--out", str(tmp_path / "model"), code=2)
+    _, err = output_of(capsys, "export", "runs/tab", "--format", "model", "--out", str(tmp_path / "model"), code=2)
     assert "must not exist yet, or be empty" in err
-    _, err = said(capsys, "export", "runs/tab", "--format", "sft-tokens", "--out", str(tmp_path / "t.jsonl"), code=2)
+    _, err = output_of(
+        capsys, "export", "runs/tab", "--format", "sft-tokens", "--out", str(tmp_path / "t.jsonl"), code=2
+    )
     assert "needs a family with tokens; got tabular" in err
 
 
@@ -433,16 +435,16 @@ def test_export_writes_what_it_says(finished: Path, tmp_path: Path, capsys: pyte
 def test_init_writes_a_configuration_that_is_valid_and_is_never_overwritten(
     fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, _ = said(capsys, "init", "my run.yaml")
+    out, _ = output_of(capsys, "init", "my run.yaml")
     assert "raftune plan" in out
     config = load_config(["my run.yaml"])
     assert config.name == "my-run"
-    _, err = said(capsys, "init", "my run.yaml", code=2)
+    _, err = output_of(capsys, "init", "my run.yaml", code=2)
     assert "exists already, and is not overwritten" in err
 
 
 def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "schema")
+    out, _ = output_of(capsys, "schema")
     schema = json.loads(out)
     assert {"sampling", "selection", "training", "evaluation"} <= set(schema["properties"])
     assert schema["$defs"]["SamplingConfig"]["properties"]["num_generations"]["description"]
@@ -450,7 +452,7 @@ def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_plan_counts_what_the_run_then_does(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "plan", "tab.yaml", "--name", "new", "--json")
+    out, _ = output_of(capsys, "plan", "tab.yaml", "--name", "new", "--json")
     plan = json.loads(out)
     drawn = sum(
         json.loads(line)["rows"]
@@ -466,7 +468,7 @@ def test_plan_counts_what_the_run_then_does(finished: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_plan_says_how_far_a_run_is_and_how_to_start_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, err = said(capsys, "plan", "tab.yaml", "--no-probe")
+    out, err = output_of(capsys, "plan", "tab.yaml", "--no-probe")
     assert "2 of 2 rounds are done" in out
     assert out.rstrip().endswith("Start it with:  raftune train tab.yaml")
     assert "repeat an earlier one" in out
@@ -492,7 +494,7 @@ def test_plan_refuses_what_train_would(
     tokens: list[str], code: int, message: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = [] if tokens[0] == "--seed" else ["--name", "new"]  # a run that is there is held to its configuration
-    _, err = said(capsys, "plan", "tab.yaml", *name, *tokens, code=code)
+    _, err = output_of(capsys, "plan", "tab.yaml", *name, *tokens, code=code)
     assert message in err
     assert "Traceback" not in err
 
@@ -513,7 +515,7 @@ def test_a_bad_file_is_refused_with_field_rule_and_fix(
     text: str, message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.yaml").write_text(text)
-    _, err = said(capsys, "train", "tab.yaml", str(tmp_path / "bad.yaml"), code=2)
+    _, err = output_of(capsys, "train", "tab.yaml", str(tmp_path / "bad.yaml"), code=2)
     assert message in err
     assert len(err.splitlines()) == 1
 
@@ -528,13 +530,13 @@ def test_a_reward_is_checked_on_samples_of_ones_own(fresh: Path, capsys: pytest.
         "def near(prompts, completions, target, **_):\n"
         "    return [-abs(len(c) - t) / 1.0 + t for c, t in zip(completions, target)]\n"
     )
-    out, _ = said(capsys, "reward", "check", "near.py:near", "--samples", "s.jsonl", "--json")
+    out, _ = output_of(capsys, "reward", "check", "near.py:near", "--samples", "s.jsonl", "--json")
     report = json.loads(out)
     assert (report["ok"], report["samples"], report["lowest"], report["highest"]) == (True, 5, 1.0, 5.0)
 
 
 def test_a_reward_that_breaks_its_contract_fails_the_check(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, "reward", "check", "rewards.py:short", code=3)
+    out, _ = output_of(capsys, "reward", "check", "rewards.py:short", code=3)
     assert "not fit for a run yet" in out
     assert "returns 1 values for 16 completions" in out
 
@@ -551,5 +553,5 @@ def test_a_reward_that_breaks_its_contract_fails_the_check(fresh: Path, capsys: 
 def test_a_check_that_cannot_be_made_is_refused(
     tokens: list[str], message: str, fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, err = said(capsys, "reward", "check", *tokens, code=2)
+    _, err = output_of(capsys, "reward", "check", *tokens, code=2)
     assert message in err

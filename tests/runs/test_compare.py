@@ -449,7 +449,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
         yield started
 
 
-def judged_by(url: str, model: str, cache: Path, *more: object) -> list[object]:
+def judge_flags(url: str, model: str, cache: Path, *more: object) -> list[object]:
     tokens = ["--judge", url, "--judge-model", model, "--judge-cache", cache, "--judge-timeout", 60]
     return [*tokens, "--judge-parameters", '{"max_tokens": 4}', *more]
 
@@ -459,7 +459,7 @@ def test_a_model_that_always_says_a_gives_ties_and_is_detected(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, out = server.answered, tmp_path / "pairs.parquet"
-    tokens = judged_by(server.url, server.always_a, tmp_path / "cache")
+    tokens = judge_flags(server.url, server.always_a, tmp_path / "cache")
     printed, err = said(capsys, base, *tokens, "--out", out, "--fail-if", "judge.inconsistent > 0.5", code=3)
     assert (
         "position bias: 100 % of verdicts changed with the order; 100 % of its choices were the first answer" in printed
@@ -489,7 +489,7 @@ def test_a_model_that_knows_nothing_of_judging_is_nonsense(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompt.txt").write_text("{prompt}: {answer_a} or {answer_b}?")
-    tokens = judged_by(server.url, server.starter, tmp_path / "cache", "--judge-prompt", tmp_path / "prompt.txt")
+    tokens = judge_flags(server.url, server.starter, tmp_path / "cache", "--judge-prompt", tmp_path / "prompt.txt")
     _, err = said(capsys, base, *tokens, code=1)
     assert re.search(
         r"the judge gave no verdict on 16 of 16 questions \(16 nonsense\); the other \d+ were not asked\.", err
@@ -500,7 +500,7 @@ def test_a_model_that_knows_nothing_of_judging_is_nonsense(
 def test_a_model_that_the_server_does_not_have_is_reported_by_its_status(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokens = judged_by(server.url, "./no-such-model", tmp_path / "cache", "--judge-retries", 1)
+    tokens = judge_flags(server.url, "./no-such-model", tmp_path / "cache", "--judge-retries", 1)
     _, err = said(capsys, base, *tokens, code=1)
     assert re.search(r"16 of 16 questions \((\d+ broke off, )?\d+ HTTP \d{3}", err)
     assert "--judge-model (./no-such-model)" in err
@@ -517,7 +517,7 @@ def test_an_abler_judge_ranks_the_prompts(base: Path, tmp_path: Path, capsys: py
         return chat("[[A]]" if int(first) > int(second) else "[[B]]")
 
     with serving(larger) as numbers:
-        tokens = judged_by(numbers.url, "m", tmp_path / "cache", "--judge-prompt", template)
+        tokens = judge_flags(numbers.url, "m", tmp_path / "cache", "--judge-prompt", template)
         out, _ = said(capsys, base, *tokens, "--json", "--by", "judge")
     found = json.loads(out)
     reward, judge = found["measures"]["reward"], found["measures"]["judge"]
@@ -531,7 +531,7 @@ def test_a_judge_that_is_not_there_ends_with_1_and_writes_nothing(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, out = closed_url(), tmp_path / "pairs.parquet"
-    _, err = said(capsys, base, *judged_by(url, "m", tmp_path / "cache", "--out", out), code=1)
+    _, err = said(capsys, base, *judge_flags(url, "m", tmp_path / "cache", "--out", out), code=1)
     assert "(16 refused)" in err
     assert f"Is a server running at {url}/chat/completions? Check --judge." in err
     assert not out.exists()

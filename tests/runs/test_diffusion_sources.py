@@ -48,7 +48,7 @@ def objects(**columns: list[Any]) -> PythonObjects:
     return PythonObjects(train=lambda: asked, held_out=lambda: asked.slice(0, 2), rewards=[redness])
 
 
-def shard(root: Path, stage: str, round_: int = 1) -> list[dict[str, Any]]:
+def chunk_rows(root: Path, stage: str, round_: int = 1) -> list[dict[str, Any]]:
     return list(pq.read_table(root / f"round-{round_:04d}" / stage / "chunk-00000.parquet").to_pylist())
 
 
@@ -62,7 +62,7 @@ def test_a_person_s_images_and_a_teacher_s_are_ranked_beside_the_policy_s_own(mo
     sources = {(one["k"], one["source"]) for one in verdicts}
     assert sources == {(0, "policy"), (1, "policy"), (2, "column:photo"), (3, "teacher")}
     assert all(np.isfinite(one["score"]) for one in verdicts)
-    own, taught = shard(root, "generate"), shard(root, "teach")
+    own, taught = chunk_rows(root, "generate"), chunk_rows(root, "teach")
     assert {tuple(one["latents_shape"]) for one in own + taught} == {(4, 8, 8)}, "all can be learned from"
     photos = {one["completion"] for one in own if one["source"] == "column:photo"}
     assert photos <= {photo(i) for i in range(len(CAPTIONS))} and len(photos) == 4
@@ -77,7 +77,7 @@ def test_a_teacher_that_cannot_be_trained_can_teach(model: Path, tmp_path: Path)
     with pytest.raises(ModelError, match="count discrete times"):
         run(config(tmp_path / "trained", teacher, "sd", **base), objects())
     run(config(tmp_path / "run", model, "sd", sampling={"teacher": {"model": str(teacher)}}, **base), objects())
-    assert {one["source"] for one in shard(tmp_path / "run", "teach")} == {"teacher"}
+    assert {one["source"] for one in chunk_rows(tmp_path / "run", "teach")} == {"teacher"}
 
 
 def test_an_evaluation_of_images_says_how_they_were_generated(
@@ -109,12 +109,12 @@ def test_frozen_parts_are_read_once_and_each_prompt_is_encoded_once(
         read.append(source.folder)
         return pipeline(policy, source, part)
 
-    def noted(self: StableDiffusion, prompts: Any) -> Any:
+    def counted_encode(self: StableDiffusion, prompts: Any) -> Any:
         encoded.extend(prompts)
         return encode(self, prompts)
 
     monkeypatch.setattr(loading, "read_pipeline", counted)
-    monkeypatch.setattr(StableDiffusion, "encode", noted)
+    monkeypatch.setattr(StableDiffusion, "encode", counted_encode)
     run(config(tmp_path / "run", model, "sd", prompts_per_round=8), objects())
     assert read == [model.resolve()] * 2, "once to check the start, and once for all rounds"
     captions = [text for text in encoded if text in CAPTIONS]
@@ -144,7 +144,7 @@ def test_a_batch_too_large_for_the_device_is_halved_and_the_bytes_do_not_tell(
     monkeypatch.setattr(loading, "load_denoiser", limited)
     large = {**small, "sampling": {"batch_size": 8}}
     run(config(tmp_path / "large", model, "sd", **large), objects())
-    drawn = [shard(tmp_path / name, "generate") for name in ("small", "large")]
+    drawn = [chunk_rows(tmp_path / name, "generate") for name in ("small", "large")]
     assert drawn[0] == drawn[1]
     events = (tmp_path / "large/events.jsonl").read_text()
     assert "generated again at 4" in events and "generated again at 2" in events
@@ -170,8 +170,8 @@ def test_a_round_can_be_evaluated_and_compared_on_the_same_seeds(model: Path, tm
     subject = parse_target(f"{root}@2")
     judged = evaluation_of(subject, [], {"output_dir": str(tmp_path / "judged")})
     run(judged)
-    before = shard(root, "evaluate/generate", 2)
-    after = shard(tmp_path / "judged", "evaluate/generate", 0)
+    before = chunk_rows(root, "evaluate/generate", 2)
+    after = chunk_rows(tmp_path / "judged", "evaluate/generate", 0)
     assert [one["completion"] for one in before] == [one["completion"] for one in after]
     assert {one["latents"] for one in before + after} == {None}
 

@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("sd-v", tmp_path_factory.mktemp("model") / "sd-v")
 
 
-def pictures(count: int, size: int = SIZE) -> list[bytes]:
+def discs(count: int, size: int = SIZE) -> list[bytes]:
     """Discs of another brightness each."""
     rows, columns = np.mgrid[:size, :size]
     inside = (rows - size / 2) ** 2 + (columns - size / 2) ** 2 < (size / 3) ** 2
@@ -51,7 +51,7 @@ def pictures(count: int, size: int = SIZE) -> list[bytes]:
 
 def reference(folder: Path, form: str, size: int = SIZE) -> Path:
     """A data set of six captioned images: their bytes in Parquet, or paths in JSONL."""
-    images, captions = pictures(6, size), [f"a disc of brightness {i}" for i in range(6)]
+    images, captions = discs(6, size), [f"a disc of brightness {i}" for i in range(6)]
     if form == "bytes":
         pq.write_table(pa.table({"prompt": captions, "image": images}), folder / "reference.parquet")
         return folder / "reference.parquet"
@@ -66,7 +66,7 @@ def reference(folder: Path, form: str, size: int = SIZE) -> Path:
     return folder / "reference.jsonl"
 
 
-def tuned_on(path: Path, **more: Any) -> dict[str, Any]:
+def training_on_references(path: Path, **more: Any) -> dict[str, Any]:
     return {"training": {"reference": {"path": str(path), "completion_column": "image", "fraction": 0.5}, **more}}
 
 
@@ -78,10 +78,10 @@ def test_reference_images_are_mixed_in_as_latents_of_the_pipeline_s_own_encoder(
     model: Path, tmp_path: Path, form: str
 ) -> None:
     path, root = reference(tmp_path, form), tmp_path / "run"
-    run(config(root, model, "sd-v", num_rounds=1, **tuned_on(path)), objects("sd-v"))
+    run(config(root, model, "sd-v", num_rounds=1, **training_on_references(path)), objects("sd-v"))
     rows = pq.read_table(root / "round-0001/rows/rows.parquet").to_pylist()
     assert Counter(row["origin"] for row in rows) == {"round-0001": 4, "reference": 4}
-    known = pictures(6)
+    known = discs(6)
     vae = tiny_pipeline("sd-v").vae
     for row in (row for row in rows if row["origin"] == "reference"):
         assert row["completion"] in known
@@ -96,7 +96,7 @@ def test_reference_images_are_mixed_in_as_latents_of_the_pipeline_s_own_encoder(
 def test_a_reference_image_of_another_size_is_named_with_both_sizes(model: Path, tmp_path: Path) -> None:
     path = reference(tmp_path, "bytes", size=24)
     with pytest.raises(DataError, match=r"size that the run draws, 16 x 16; the one for prompt .* is 24 x 24"):
-        run(config(tmp_path / "run", model, "sd-v", num_rounds=1, **tuned_on(path)), objects("sd-v"))
+        run(config(tmp_path / "run", model, "sd-v", num_rounds=1, **training_on_references(path)), objects("sd-v"))
 
 
 def test_replayed_images_keep_the_latents_that_were_generated(model: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_moments_are_carried_and_older_models_released(model: Path, tmp_path: Pa
 # -- in other hands --------------------------------------------------------------------------------------------------
 
 
-def loads_and_draws(pipe: Any, root: Path, model: Path) -> None:
+def loads_and_generates(pipe: Any, root: Path, model: Path) -> None:
     """The pipeline draws round 2's first image, which the start does not."""
     prompt, sample = first_of(root / "round-0002")
     ours = pixels(image_of(sample["completion"]))
@@ -168,7 +168,7 @@ def test_a_published_pipeline_loads_as_its_card_says(model: Path, tmp_path: Path
     names: dict[str, Any] = {}
     exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
     assert names["image"].size == (SIZE, SIZE)
-    loads_and_draws(names["pipe"], root, model)
+    loads_and_generates(names["pipe"], root, model)
     assert verify(root) == []
 
 
@@ -187,7 +187,7 @@ def test_a_published_lora_loads_as_its_card_says_onto_a_base_that_comes_along(mo
     assert sorted(path.name for path in out.iterdir()) == written
     names: dict[str, Any] = {}
     exec(snippet(out / "README.md").replace("FOLDER", str(out)), names)
-    loads_and_draws(names["pipe"], root, model)
+    loads_and_generates(names["pipe"], root, model)
 
 
 def test_a_lora_for_peft_says_so(tmp_path: Path) -> None:

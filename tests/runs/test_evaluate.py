@@ -37,7 +37,7 @@ def metrics(root: Path, round_: int = 0) -> dict[str, Any]:
     return loaded
 
 
-def judged_by(root: Path, column: list[Any], **changes: Any) -> Path:
+def evaluated_with_references(root: Path, column: list[Any], **changes: Any) -> Path:
     """A run of no rounds on two labels with these reference answers."""
     table = pa.table({"prompt": [0, 1], "answer": column})
     policy = {"family": "tabular", "logits": LOGITS}
@@ -50,7 +50,7 @@ def judged_by(root: Path, column: list[Any], **changes: Any) -> Path:
 
 
 def test_the_perplexity_is_that_of_the_closed_form(tmp_path: Path) -> None:
-    found = metrics(judged_by(tmp_path / "run", [2, 0]))["perplexity"]
+    found = metrics(evaluated_with_references(tmp_path / "run", [2, 0]))["perplexity"]
     nats = [math.log(sum(map(math.exp, row))) - row[answer] for row, answer in zip(LOGITS, (2, 0), strict=True)]
     assert found["mean"] == pytest.approx(math.exp(sum(nats) / 2), rel=1e-12)
     assert (found["low"], found["high"], found["n"]) == (None, None, 2)
@@ -116,11 +116,11 @@ def test_a_column_that_holds_no_completions_is_refused_before_generation(
     tmp_path: Path, answers: list[Any], column: str, words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
-        judged_by(tmp_path / "run", answers, evaluation={"reference_column": column})
+        evaluated_with_references(tmp_path / "run", answers, evaluation={"reference_column": column})
     assert not (tmp_path / "run/round-0000/evaluate").exists()
 
 
-class Mute:
+class WithoutLogProbs:
     """A family that knows no likelihoods."""
 
     media, payload = Tabular.media, Tabular.payload

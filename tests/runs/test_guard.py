@@ -39,7 +39,7 @@ def even(prompts: list[int], completions: list[int], **columns: Any) -> list[flo
     return [0.01 * (answer % 2) for answer in completions]
 
 
-def parting(root: Path, **changes: Any) -> RunConfig:
+def diverging_config(root: Path, **changes: Any) -> RunConfig:
     """A run whose trained reward, high numbers, and held-out one, low numbers, are opposites."""
     base = {
         "output_dir": str(root),
@@ -56,7 +56,7 @@ def parting(root: Path, **changes: Any) -> RunConfig:
     return validate(merge([base, changes]))
 
 
-def given() -> PythonObjects:
+def python_objects() -> PythonObjects:
     labels = pa.table({"prompt": list(range(LABELS))})
     return PythonObjects(train=lambda: labels, held_out=lambda: labels, rewards=[loud, even])
 
@@ -64,7 +64,7 @@ def given() -> PythonObjects:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("guarded") / "run"
-    run(parting(root), given())
+    run(diverging_config(root), python_objects())
     return root
 
 
@@ -124,7 +124,7 @@ def test_a_divergence_of_the_rewards_raises_an_alarm_whose_samples_are_on_disk(f
 @pytest.mark.slow
 def test_a_guard_stops_nothing_by_default_and_stop_on_names_it(finished: Path, tmp_path: Path) -> None:
     assert RunFolder(finished).rounds()[-1] == ROUNDS
-    outcome = run(parting(tmp_path / "run", guards={"stop_on": ["held_out_falls"]}), given())
+    outcome = run(diverging_config(tmp_path / "run", guards={"stop_on": ["held_out_falls"]}), python_objects())
     assert outcome.rounds == 1
     assert outcome.reason.startswith("round 1 raised held_out_falls (guards.stop_on): since the start")
 
@@ -132,7 +132,7 @@ def test_a_guard_stops_nothing_by_default_and_stop_on_names_it(finished: Path, t
 def test_the_line_of_a_round_is_followed_by_its_alarms(copied: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     with Progress(console) as progress:
-        run(parting(copied), given(), observe=progress)
+        run(diverging_config(copied), python_objects(), observe=progress)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     at = next(i for i, line in enumerate(lines) if line.split()[0] == "1")
@@ -144,8 +144,8 @@ def test_the_line_of_a_round_is_followed_by_its_alarms(copied: Path) -> None:
 
 def test_to_stop_on_an_alarm_is_decided_again_without_any_work(copied: Path) -> None:
     seen: list[str] = []
-    config = parting(copied, guards={"stop_on": ["held_out_falls"]})
-    outcome = run(config, given(), observe=lambda kind, facts: seen.append(kind))
+    config = diverging_config(copied, guards={"stop_on": ["held_out_falls"]})
+    outcome = run(config, python_objects(), observe=lambda kind, facts: seen.append(kind))
     assert outcome.rounds == 1
     assert "stage_begin" not in seen
 
@@ -163,7 +163,7 @@ def test_a_run_of_a_version_without_guards_gets_them_and_nothing_else_changes(co
         if kind == "begin":
             changes.append(facts["changed"])
 
-    resume(copied, given(), observe=observe)
+    resume(copied, python_objects(), observe=observe)
     assert stages == ["guard"] * ROUNDS
     assert changes == [{}]  # a section that the version did not know is no change that a person made
     after = tree_hash(copied)
@@ -184,19 +184,21 @@ def test_a_round_whose_guard_looked_at_less_stays_as_it_is_and_other_thresholds_
             Manifest(commit.stage, round_, stage_key("guard", fields, inputs), fields, inputs, commit.files), "guard"
         )
     seen: list[str] = []
-    assert run(parting(copied), given(), observe=lambda kind, facts: seen.append(kind)).rounds == ROUNDS
+    assert (
+        run(diverging_config(copied), python_objects(), observe=lambda kind, facts: seen.append(kind)).rounds == ROUNDS
+    )
     assert "stage_begin" not in seen
     with pytest.raises(ConfigChanged, match=r"guards\.part_share: 0\.9 → 0\.95"):
-        run(parting(copied, guards={"part_share": 0.95}), given())
+        run(diverging_config(copied, guards={"part_share": 0.95}), python_objects())
 
 
 @pytest.mark.slow
 def test_other_thresholds_are_refused_until_the_guards_are_redone_and_then_nothing_else_is(copied: Path) -> None:
-    config = parting(copied, guards={"part_share": 1.0})
+    config = diverging_config(copied, guards={"part_share": 1.0})
     with pytest.raises(ConfigChanged, match=r"guard of round 1 .* guards\.part_share: 0\.9 → 1\.0.*--from 1/guard"):
-        run(config, given())
+        run(config, python_objects())
     stages: list[str] = []
-    run(config, given(), redo="1/guard", observe=lambda kind, facts: stages.append(facts.get("stage", "")))
+    run(config, python_objects(), redo="1/guard", observe=lambda kind, facts: stages.append(facts.get("stage", "")))
     assert set(stages) <= {"", "guard"}
     assert [alarm["alarm"] for alarm in alarms_of(RunFolder(copied), 1)] == ["held_out_falls"]
 
@@ -204,12 +206,12 @@ def test_other_thresholds_are_refused_until_the_guards_are_redone_and_then_nothi
 @pytest.mark.slow
 def test_without_guards_there_are_none(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    run(parting(root, guards={"enabled": False}), given())
+    run(diverging_config(root, guards={"enabled": False}), python_objects())
     assert not list(root.glob("round-*/guard"))
 
 
 def test_a_budget_of_kl_is_watched_where_there_is_one(tmp_path: Path) -> None:
-    run(parting(tmp_path / "run", num_rounds=1, guards={"max_kl": 0.001}), given())
+    run(diverging_config(tmp_path / "run", num_rounds=1, guards={"max_kl": 0.001}), python_objects())
     found = {alarm["alarm"]: alarm for alarm in alarms_of(RunFolder(tmp_path / "run"), 1)}
     assert found["kl_beyond_budget"]["numbers"]["budget"] == 0.001
     assert found["kl_beyond_budget"]["samples"][0]["why"].startswith("log p - log p0 is ")
@@ -245,7 +247,7 @@ def test_what_can_never_be_raised_or_measured_is_refused(
     tmp_path: Path, guards: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        parting(tmp_path / "run", guards=guards, **changes)
+        diverging_config(tmp_path / "run", guards=guards, **changes)
     assert words in str(refused.value)
 
 
@@ -259,9 +261,9 @@ def test_what_can_never_be_raised_or_measured_is_refused(
 def test_what_this_family_or_these_rewards_cannot_raise_is_refused(
     tmp_path: Path, stop_on: str, rewards: list[Any], words: str
 ) -> None:
-    config = parting(tmp_path / "run", guards={"stop_on": [stop_on]})
+    config = diverging_config(tmp_path / "run", guards={"stop_on": [stop_on]})
     with pytest.raises(ConfigError, match=words):
-        run(config, PythonObjects(train=given().train, held_out=given().held_out, rewards=rewards))
+        run(config, PythonObjects(train=python_objects().train, held_out=python_objects().held_out, rewards=rewards))
 
 
 def test_the_command_shows_evidence_and_samples(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,11 +37,14 @@ def vivid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose reward wants colours, and gets them."""
     root = tmp_path_factory.mktemp("vivid") / "run"
     held_out = {"reward_funcs": [DARKNESS]}
-    run(config(root, num_rounds=4, rewards={"reward_funcs": [SATURATION]}, evaluation=held_out, **MANY), given())
+    run(
+        config(root, num_rounds=4, rewards={"reward_funcs": [SATURATION]}, evaluation=held_out, **MANY),
+        python_objects(),
+    )
     return root
 
 
-def given() -> PythonObjects:
+def python_objects() -> PythonObjects:
     prompts = objects()
     return PythonObjects(train=prompts.train, held_out=prompts.held_out)
 
@@ -245,7 +248,7 @@ def test_other_tools_read_the_images_unaided(vivid: Path, tmp_path: Path) -> Non
 
 def test_images_of_a_column_join_the_pool(tmp_path: Path) -> None:
     """A file's bytes, as a data set of one's own may hold them, compete with what is generated."""
-    source = pq.read_table(_drawn(tmp_path), columns=["completion"]).column("completion").to_pylist()
+    source = pq.read_table(_generated(tmp_path), columns=["completion"]).column("completion").to_pylist()
     prompts = captions(8).append_column("human", pa.array(source[:8], pa.binary()))
     sampling = {"num_generations": 2, "chunk_size": 4, "candidate_columns": ["human"]}
     settings = config(tmp_path / "run", num_rounds=1, evaluation={"num_prompts": 0}, sampling=sampling)
@@ -255,7 +258,7 @@ def test_images_of_a_column_join_the_pool(tmp_path: Path) -> None:
     assert len(human) == 4 and all(row["completion"] in source for row in human)
 
 
-def _drawn(folder: Path) -> Path:
+def _generated(folder: Path) -> Path:
     run(config(folder / "source", num_rounds=1, evaluation={"num_prompts": 0}), objects())
     return folder / "source/round-0001/generate/chunk-00000.parquet"
 

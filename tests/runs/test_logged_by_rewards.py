@@ -53,7 +53,7 @@ def go(root: Path, *specs: str, rewards: Any = ()) -> None:
     )
 
 
-def shards(root: Path) -> list[list[dict[str, Any]]]:
+def chunk_files(root: Path) -> list[list[dict[str, Any]]]:
     return [pq.read_table(path).to_pylist() for path in sorted(root.glob("round-0001/score/chunk-*.parquet"))]
 
 
@@ -69,7 +69,7 @@ def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward
         for row in pq.read_table(path).to_pylist()
     }
     longest = []
-    for rows in shards(root):
+    for rows in chunk_files(root):
         texts = [drawn[row["sample_id"]] for row in rows]
         for row, text in zip(rows, texts, strict=True):
             logged = extras_of(row)
@@ -89,7 +89,7 @@ def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     go(tmp_path / "here", rewards=[module.judge])
-    assert shards(tmp_path / "here") == shards(root)
+    assert chunk_files(tmp_path / "here") == chunk_files(root)
 
     score, calls = RewardSet.score, []
 
@@ -131,7 +131,7 @@ def test_whatever_is_logged_neither_ends_the_run_nor_depends_on_the_process(tmp_
     exec(ODD, space)
     go(tmp_path / "a", f"{tmp_path / 'odd.py'}:odd")
     go(tmp_path / "b", rewards=[space["odd"]])
-    logged = [[extras_of(row) for shard in shards(tmp_path / name) for row in shard] for name in "ab"]
+    logged = [[extras_of(row) for shard in chunk_files(tmp_path / name) for row in shard] for name in "ab"]
     assert logged[0][0]["words"] == ["a", "b", "c", "dd", "ee"]
     assert logged[0][0]["4"] == 1
     assert " at 0x" not in logged[0][0]["thing"]

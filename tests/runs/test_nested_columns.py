@@ -45,11 +45,11 @@ HOSTED = """
 """
 
 
-def told(rows: Any) -> set[str]:
+def as_json(rows: Any) -> set[str]:
     return {json.dumps(row) for row in rows}
 
 
-GIVEN = told((row["prompt"], row["facts"], row.get("odd")) for row in ROWS)
+EXPECTED = as_json((row["prompt"], row["facts"], row.get("odd")) for row in ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, An
 
 @pytest.mark.parametrize("place", ["here", "hosted", "http"])
 def test_a_reward_is_asked_with_the_rows_of_the_file(whole: dict[str, Any], place: str) -> None:
-    assert told(whole[place]) == GIVEN
+    assert as_json(whole[place]) == EXPECTED
 
 
 def test_the_records_and_what_is_learned_from_hold_the_messages_of_the_file(whole: dict[str, Any]) -> None:
@@ -154,4 +154,4 @@ def test_a_trainer_s_data_set_reaches_rewards_as_it_was_given(form: str, tmp_pat
         model=tiny_model("llama"), reward_funcs=reward, args=args, train_dataset=given, processing_class=tokenizer
     )
     trainer.train()
-    assert told(seen) == GIVEN
+    assert as_json(seen) == EXPECTED

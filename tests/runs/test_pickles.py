@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 RAN = "the-pickle-ran"
 
 
-class Evil:
+class MaliciousPickle:
     """Makes a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
@@ -45,12 +45,12 @@ class Evil:
         return os.mkdir, (str(self.folder / RAN),)
 
 
-def evil(path: Path, folder: Path, *, zipped: bool = True) -> Path:
+def malicious_file(path: Path, folder: Path, *, zipped: bool = True) -> Path:
     """Writes the pickle as torch does, or bare."""
     if zipped:
-        torch.save({"lm_head.weight": Evil(folder)}, path)
+        torch.save({"lm_head.weight": MaliciousPickle(folder)}, path)
     else:
-        path.write_bytes(pickle.dumps({"lm_head.weight": Evil(folder)}))
+        path.write_bytes(pickle.dumps({"lm_head.weight": MaliciousPickle(folder)}))
     return path
 
 
@@ -58,7 +58,7 @@ def pickled(folder: Path, place: Path, *, zipped: bool = True) -> Path:
     """The model folder with the pickle in place of its weights."""
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    evil(folder / "pytorch_model.bin", place, zipped=zipped)
+    malicious_file(folder / "pytorch_model.bin", place, zipped=zipped)
     return folder
 
 
@@ -81,7 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: list[str], *words: str)
 
 
 def test_the_pickle_of_these_tests_does_run_where_it_is_trusted(tmp_path: Path) -> None:
-    torch.load(evil(tmp_path / "x.bin", tmp_path), weights_only=False)
+    torch.load(malicious_file(tmp_path / "x.bin", tmp_path), weights_only=False)
     assert (tmp_path / RAN).is_dir()
 
 
@@ -127,11 +127,11 @@ def test_an_adapter_or_shards_of_pickles_with_code_are_refused(
         given.mkdir()
         adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model), "r": 2}
         (given / "adapter_config.json").write_text(json.dumps({**adapter, "target_modules": ["q_proj"]}))
-        evil(given / "adapter_model.bin", place)
+        malicious_file(given / "adapter_model.bin", place)
     else:
         shutil.copytree(model, given)
         (given / "model.safetensors").unlink()
-        evil(given / "pytorch_model-00001-of-00001.bin", place)
+        malicious_file(given / "pytorch_model-00001-of-00001.bin", place)
         if kind == "beside an index":
             index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model-00001-of-00001.bin"}}
             (given / "pytorch_model.bin.index.json").write_text(json.dumps(index))
@@ -203,42 +203,42 @@ def table(letters: str) -> Any:
     return pa.table({"prompt": [f"say {c}" for c in letters]})
 
 
-def smuggle_beside(root: Path, place: Path) -> None:
+def plant_beside(root: Path, place: Path) -> None:
     """Pickles beside the weights of each round."""
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin", "weights.pkl"):
-        evil(root / "round-0001/model" / name, place)
+        malicious_file(root / "round-0001/model" / name, place)
 
 
-def smuggle_instead(root: Path, place: Path) -> None:
+def plant_instead(root: Path, place: Path) -> None:
     """A pickle in place of the trained weights, under a COMMIT that lists it."""
-    commit_anew(pickled(root / "round-0001/model", place), root)
+    rewrite_manifest(pickled(root / "round-0001/model", place), root)
 
 
-def smuggle_start(root: Path, place: Path) -> None:
+def plant_start(root: Path, place: Path) -> None:
     """A pickle as the start model, under a reference and a COMMIT that agree with it."""
     start = root / "round-0000/model"
     base = pickled(save_tiny(place / "smuggled"), place)
     reference = {"name": str(base), "revision": None, "fingerprint": fingerprint(base)}
     (start / "reference.json").write_text(json.dumps(reference))
-    commit_anew(start, root)
-    commit_anew(pickled(root / "round-0001/model", place), root)
+    rewrite_manifest(start, root)
+    rewrite_manifest(pickled(root / "round-0001/model", place), root)
 
 
-def smuggle_unfinished(root: Path, place: Path) -> None:
+def plant_unfinished(root: Path, place: Path) -> None:
     """Pickles where an interrupted stage keeps what it has done."""
     for path in [path for path in root.rglob("*") if path.is_dir()]:
-        evil(path / "_part-chunk-00000-generate-0-0", place)
-        evil(path / "optimizer.pt", place)
+        malicious_file(path / "_part-chunk-00000-generate-0-0", place)
+        malicious_file(path / "optimizer.pt", place)
 
 
-def commit_anew(folder: Path, root: Path) -> None:
+def rewrite_manifest(folder: Path, root: Path) -> None:
     commit = Manifest.load(folder)
     assert commit is not None
     names = [path.name for path in folder.iterdir() if path.is_file() and path.name != "_COMMIT.json"]
     replace(commit, files={name: FileEntry.of(folder / name) for name in names}).save(folder, root / "tmp")
 
 
-@pytest.mark.parametrize("smuggle", [smuggle_beside, smuggle_instead, smuggle_start, smuggle_unfinished])
+@pytest.mark.parametrize("smuggle", [plant_beside, plant_instead, plant_start, plant_unfinished])
 def test_no_command_runs_a_pickle_in_a_run(
     place: Path, whole: Path, capsys: pytest.CaptureFixture[str], smuggle: Callable[[Path, Path], None]
 ) -> None:
@@ -253,7 +253,7 @@ def test_no_command_runs_a_pickle_in_a_run(
         said = capsys.readouterr().err
         assert not Path(RAN).exists(), name
         assert "a bug" not in said and "Traceback" not in said, (name, said)
-    if smuggle is not smuggle_unfinished:
+    if smuggle is not plant_unfinished:
         assert {ended[name] for name in ("resume", "verify", "evaluate")} <= {1, 2}, ended
 
 
@@ -264,7 +264,7 @@ def poison(work: Path, place: Path, names: tuple[str, ...]) -> None:
     """Puts the pickle into the newest checkpoint, sealed again where it was sealed."""
     newest = max(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for name in names:
-        evil(newest / name, place)
+        malicious_file(newest / name, place)
     if (newest / checkpoints.MANIFEST).is_file():
         checkpoints.seal(newest, json.loads((newest / checkpoints.MANIFEST).read_text())["identity"])
 

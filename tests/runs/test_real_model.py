@@ -24,7 +24,7 @@ from raftune.results.model_card import publish_model
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.training.quiet import quiet
-from tests.builders import parts, unit_of
+from tests.builders import chunk_of, parts
 
 MODEL = os.environ.get("RAFTUNE_REAL_MODEL", "")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL, reason="RAFTUNE_REAL_MODEL names no folder")]
@@ -72,7 +72,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_chat_question_is_answered_and_the_turn_is_ended(policy: CausalLM) -> None:
-    [answer] = policy.generate(unit_of([asked(QUESTIONS[0])], k=1))
+    [answer] = policy.generate(chunk_of([asked(QUESTIONS[0])], k=1))
     assert "Paris" in answer.completion
     assert "<|im_" not in answer.completion
     assert answer.payload["finish"] == "eos"

@@ -28,7 +28,7 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def begun(project: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def started_run(project: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project with a run of one round of two."""
     folder = Path(shutil.copytree(project, place / "project"))
     shutil.rmtree(folder / "runs")
@@ -40,7 +40,7 @@ def begun(project: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_resumed_from_another_folder_to_the_same_bytes(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = begun(project, tmp_path, monkeypatch)
+    folder = started_run(project, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert main(["resume", "project/runs/whole", "--num-rounds", "2"]) == 0
     assert difference(tree(project / "runs/whole"), tree(folder / "runs/whole")) == ""
@@ -58,7 +58,7 @@ def test_it_is_resumed_from_another_folder_to_the_same_bytes(
 def test_it_is_resumed_where_the_whole_project_was_moved_to(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = begun(project, tmp_path, monkeypatch)
+    folder = started_run(project, tmp_path, monkeypatch)
     moved = tmp_path / "elsewhere/deeper/named otherwise"
     moved.parent.mkdir(parents=True)
     folder.rename(moved)

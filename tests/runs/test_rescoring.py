@@ -24,7 +24,7 @@ NEVER: dict[str, Any] = {"evaluation": {"num_prompts": 0}, "num_rounds": 1, "rew
 Rows = dict[str, dict[str, Any]]
 
 
-class Moody:
+class FailingReward:
     """Fails at the answer 3 and calls the answer 2 no number until it is well; then adds 100 to all that it is asked.
 
     What it depends on lies in the environment, which is no part of a reward's hash.
@@ -69,16 +69,16 @@ def scores(root: Path, stage: str = "round-0001/score") -> Rows:
     }
 
 
-def answers(root: Path, stage: str = "round-0001/generate") -> dict[str, int]:
+def completions_of(root: Path, stage: str = "round-0001/generate") -> dict[str, int]:
     return {name: row["completion"] for name, row in scores(root, stage).items()}
 
 
 def test_only_failed_samples_are_scored_again_and_all_other_scores_stay_although_the_reward_changed(
     tmp_path: Path,
 ) -> None:
-    reward = Moody()
+    reward = FailingReward()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
-    before, drawn = scores(tmp_path), answers(tmp_path)
+    before, drawn = scores(tmp_path), completions_of(tmp_path)
     calls = logged_metrics(tmp_path / "round-0001/score")
     assert {row["status"] for row in before.values()} == {"ok", "error", "invalid"}
     reward.well, reward.asked = True, []
@@ -119,37 +119,37 @@ def test_with_a_fixed_reward_training_and_evaluation_have_the_scores_that_it_giv
 
     asked = []
 
-    def mended(prompts: Any, completions: list[int], **columns: Any) -> list[float]:
+    def fixed(prompts: Any, completions: list[int], **columns: Any) -> list[float]:
         asked.extend(completions)
         return [float(answer) for answer in completions]
 
-    mended.__name__ = broken.__name__  # which names the columns
+    fixed.__name__ = broken.__name__  # which names the columns
     changes = {
         "rewards": {"batch_size": 1, "combine": combine},
         "num_rounds": 1,
         "evaluation": {"best_by": "broken"},
     }
     run(tiny.config(tmp_path / "run", **changes), tiny.objects(broken))
-    drawn = [answers(tmp_path / "run", f"round-000{place}") for place in ("0/evaluate/generate", "1/generate")]
-    resume(tmp_path / "run", tiny.objects(mended), redo="score", only="error")
+    drawn = [completions_of(tmp_path / "run", f"round-000{place}") for place in ("0/evaluate/generate", "1/generate")]
+    resume(tmp_path / "run", tiny.objects(fixed), redo="score", only="error")
     failed = sum(list(place.values()).count(3) for place in drawn)
-    again = list(answers(tmp_path / "run", "round-0001/evaluate/generate").values())  # of the new model
+    again = list(completions_of(tmp_path / "run", "round-0001/evaluate/generate").values())  # of the new model
     assert asked == [3] * failed + again
 
-    run(tiny.config(tmp_path / "new", **changes), tiny.objects(mended))
+    run(tiny.config(tmp_path / "new", **changes), tiny.objects(fixed))
     for stage in ("round-0000/evaluate/score", "round-0001/score", "round-0001/evaluate/score"):
         assert scores(tmp_path / "run", stage) == scores(tmp_path / "new", stage)
     assert verify(tmp_path / "run") == []
 
 
 def test_the_rounds_before_the_first_with_such_a_sample_stay(tmp_path: Path) -> None:
-    reward = Moody()
+    reward = FailingReward()
     reward.well = True
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
     before = tree(tmp_path / "round-0001")
     reward.well = False
     run(tiny.config(tmp_path, **merge([NEVER, {"num_rounds": 2}])), tiny.objects(reward))
-    failed = list(answers(tmp_path, "round-0002/generate").values()).count(3)
+    failed = list(completions_of(tmp_path, "round-0002/generate").values()).count(3)
     assert failed
     reward.well, reward.asked = True, []
     resume(tmp_path, tiny.objects(reward), redo="score", only="error")
@@ -177,7 +177,7 @@ def test_what_cannot_be_scored_again_is_refused_by_name_and_nothing_changes(
 ) -> None:
     before = tree(finished)
     with pytest.raises(ConfigError) as caught:
-        resume(finished, tiny.objects(Moody()), redo=redo, only=only)
+        resume(finished, tiny.objects(FailingReward()), redo=redo, only=only)
     assert words in str(caught.value)
     assert difference(before, tree(finished)) == ""
     assert not (finished / "superseded").exists()
@@ -186,7 +186,7 @@ def test_what_cannot_be_scored_again_is_refused_by_name_and_nothing_changes(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
-    run(tiny.config(root, **NEVER), tiny.objects(Moody()))
+    run(tiny.config(root, **NEVER), tiny.objects(FailingReward()))
     return root
 
 
@@ -211,9 +211,9 @@ class Cut(BaseException):
 def test_a_started_rescoring_is_completed_by_a_plain_resume_and_other_statuses_are_refused_until_then(
     tmp_path: Path,
 ) -> None:
-    reward = Moody()
+    reward = FailingReward()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
-    before, drawn = scores(tmp_path), answers(tmp_path)
+    before, drawn = scores(tmp_path), completions_of(tmp_path)
     failed = [name for name, answer in drawn.items() if answer == 3]
     reward.well, reward.asked = True, []
 
@@ -233,7 +233,7 @@ def test_a_started_rescoring_is_completed_by_a_plain_resume_and_other_statuses_a
 
 
 def test_all_is_scored_where_a_started_rescoring_is_given_up(tmp_path: Path) -> None:
-    reward = Moody()
+    reward = FailingReward()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
     reward.well = True
 
@@ -252,7 +252,7 @@ def test_all_is_scored_where_a_started_rescoring_is_given_up(tmp_path: Path) -> 
 def test_damage_to_what_is_kept_for_unfinished_work_is_named_by_verify_and_refused_by_resume(
     tmp_path: Path, file: str
 ) -> None:
-    reward = Moody()
+    reward = FailingReward()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
     asked = rescoring.Rescoring("score", ("error",), frozenset({(1, "score")}))
     rescoring.begin(RunFolder(tmp_path), asked, [(1, "score")])
@@ -270,4 +270,4 @@ def test_damage_to_what_is_kept_for_unfinished_work_is_named_by_verify_and_refus
 def test_too_many_failures_name_the_command_that_asks_about_them_alone(tmp_path: Path) -> None:
     rewards = {"batch_size": 1, "max_failure_fraction": 0.0}
     with pytest.raises(RewardError, match="--from score --only error,invalid"):
-        run(tiny.config(tmp_path, **{**NEVER, "rewards": rewards}), tiny.objects(Moody()))
+        run(tiny.config(tmp_path, **{**NEVER, "rewards": rewards}), tiny.objects(FailingReward()))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 SPOILS = "TESTS_SPOIL"  # in the environment, which is no part of a reward's hash
 
 
-def spoil() -> None:
+def change_process() -> None:
     """Changes whatever code in a process can change of it; each call changes it to something else."""
     calls = random.randrange(10**6)
     random.seed(calls)
@@ -51,18 +51,18 @@ def spoil() -> None:
 
 def shortness(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     if SPOILS in os.environ:
-        spoil()
+        change_process()
     return [-float(len(text)) for text in completions]
 
 
 async def slowly(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     if SPOILS in os.environ:
-        spoil()
+        change_process()
     return [float(text.count("a")) for text in completions]
 
 
 @pytest.fixture
-def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def changed_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv(SPOILS, "1")
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
@@ -101,7 +101,7 @@ def test_a_run_with_a_reward_that_changes_the_process_has_the_bytes_of_one_witho
 ) -> None:
     model = save_tiny(tmp_path / "model")
     run(config(tmp_path / "clean", model), objects())
-    request.getfixturevalue("spoiled")
+    request.getfixturevalue("changed_process")
     run(config(tmp_path / "spoiled", model), objects())
     stages = [
         {name: value for name, value in tree_hash(tmp_path / root).items() if name.startswith("round-")}
@@ -111,7 +111,9 @@ def test_a_run_with_a_reward_that_changes_the_process_has_the_bytes_of_one_witho
 
 
 @pytest.mark.parametrize("reward", [shortness, slowly])
-def test_after_a_call_the_process_is_as_it_was(spoiled: None, capsys: pytest.CaptureFixture[str], reward: Any) -> None:
+def test_after_a_call_the_process_is_as_it_was(
+    changed_process: None, capsys: pytest.CaptureFixture[str], reward: Any
+) -> None:
     from raftune.rewards import load_reward
     from raftune.rewards.batch import RewardBatch
 

@@ -55,7 +55,7 @@ def drawn(root: Path) -> list[Path]:
     return sorted(root.rglob("chunk-*.parquet"))
 
 
-def told(settings: RunConfig, redo: str | None = None) -> str:
+def printed_by(settings: RunConfig, redo: str | None = None) -> str:
     console = Console(file=io.StringIO(), width=300, highlight=False)
     with Progress(console) as progress:
         run(settings, observe=progress, redo=redo)
@@ -99,7 +99,7 @@ def test_a_row_is_named_though_its_data_set_has_gone_since(tmp_path: Path) -> No
 
 def test_prompts_that_are_cut_are_counted_once_in_a_run_with_what_is_not_seen(tmp_path: Path) -> None:
     data = saved(tmp_path / "prompts.jsonl", ["a disc", LONG, "a ring", f"{LONG} again"] * 3)
-    said = told(config(tmp_path / "run", data))
+    said = printed_by(config(tmp_path / "run", data))
     assert said.count("longer than what the model reads") == 1
     assert (
         "6 of 12 prompts are longer than what the model reads; what follows is not seen: 'n a blue ground' of" in said

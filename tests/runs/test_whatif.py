@@ -375,7 +375,7 @@ def test_scores_of_samples_that_are_no_more_are_not_selected_from(copy: Copy, re
 def test_an_interrupted_rescoring_goes_on_with_the_chunks_that_it_lacks(copy: Copy, rewards: Path) -> None:
     root = copy("plain")
     with pytest.raises(KeyboardInterrupt):
-        rescore(root, file(rewards, "other"), observe=stop_at_first_unit)
+        rescore(root, file(rewards, "other"), observe=stop_at_first_chunk)
     heard: list[dict[str, Any]] = []
     rescore(root, file(rewards, "other"), observe=lambda kind, facts: heard.append(facts) if kind == "chunks" else None)
     assert heard[0] == {"round": 1, "stage": "score", "total": 2, "found": 1}
@@ -385,7 +385,7 @@ def test_an_interrupted_rescoring_goes_on_with_the_chunks_that_it_lacks(copy: Co
     assert difference(tree(whole / "whatif"), tree(root / "whatif")) == ""
 
 
-def stop_at_first_unit(kind: str, facts: dict[str, Any]) -> None:
+def stop_at_first_chunk(kind: str, facts: dict[str, Any]) -> None:
     if kind == "chunk":
         raise KeyboardInterrupt
 
@@ -426,7 +426,7 @@ def test_a_run_at_work_does_not_hold_up_a_whatif_but_another_maker_of_the_same_o
 # -- damage and bad input --------------------------------------------------------------------------------------------
 
 
-def harm_draw(root: Path) -> None:
+def damage_samples(root: Path) -> None:
     (root / "round-0002/generate/chunk-00001.parquet").unlink()
 
 
@@ -435,7 +435,7 @@ def harm_verdicts(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def harm_commit(root: Path) -> None:
+def damage_manifest(root: Path) -> None:
     (root / "round-0002/plan/_COMMIT.json").write_text("{")
 
 
@@ -443,7 +443,7 @@ def unfinish(root: Path) -> None:
     (root / "round-0002/select/_COMMIT.json").unlink()
 
 
-@pytest.mark.parametrize("harm", [harm_draw, harm_verdicts, harm_commit, unfinish])
+@pytest.mark.parametrize("harm", [damage_samples, harm_verdicts, damage_manifest, unfinish])
 def test_rounds_that_cannot_be_read_are_named_and_the_others_done(copy: Copy, harm: Callable[[Path], None]) -> None:
     root = copy("plain")
     harm(root)

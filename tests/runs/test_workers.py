@@ -59,7 +59,7 @@ def settings(workers: int, **changes: Any) -> dict[str, Any]:
     return {**base, "engine": engine, **changes}
 
 
-def draw_events(root: Path) -> list[int]:
+def generate_events(root: Path) -> list[int]:
     return [e["chunk"] for e in RunFolder(root).events if e["event"] == "chunk" and e["stage"] == "generate"]
 
 
@@ -104,7 +104,7 @@ def test_chunks_in_any_order_give_the_same_bytes(
         InProcessEngine, "run", lambda self, job, stage, chunks: forwards(self, job, stage, chunks[::-1])
     )
     run(tiny.config(tmp_path / "run", **settings(1)), tiny.objects())
-    assert draw_events(tmp_path / "run") == [3, 2, 1, 0]
+    assert generate_events(tmp_path / "run") == [3, 2, 1, 0]
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
 
@@ -114,7 +114,7 @@ def test_a_killed_worker_costs_no_more_than_the_chunks_in_flight(
 ) -> None:
     orders(kill_once=[0, 3])
     run(tiny.config(tmp_path / "run", **settings(2)), tiny.objects())
-    assert draws(tmp_path) == {0: 2, 1: 1, 2: 1, 3: 2}
+    assert starts_of_chunks(tmp_path) == {0: 2, 1: 1, 2: 1, 3: 2}
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
 
@@ -123,7 +123,7 @@ def test_a_chunk_that_always_kills_its_worker_stops_the_run_after_three_tries(tm
     orders(kill_always=[1])
     with pytest.raises(EngineError, match=r"chunk 1 of generate of round 1 failed 3 times: its worker process"):
         run(tiny.config(tmp_path / "run", **settings(2)), tiny.objects())
-    assert draws(tmp_path)[1] == 3
+    assert starts_of_chunks(tmp_path)[1] == 3
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_a_chunk_that_hangs_is_ended_at_its_time_limit_and_tried_again(
 ) -> None:
     orders(hang_once=[2])
     run(tiny.config(tmp_path / "run", **settings(2, engine={"chunk_timeout": 10})), tiny.objects())
-    assert draws(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1}
+    assert starts_of_chunks(tmp_path) == {0: 1, 1: 1, 2: 2, 3: 1}
     assert difference(alone, without_workers(tree(tmp_path / "run"))) == ""
 
 
@@ -167,7 +167,7 @@ def test_an_error_of_ours_keeps_its_class_and_words_and_is_not_tried_again(
     orders(refuse_always=[2])
     with pytest.raises(DataError, match=r"^chunk 2 cannot be generated$"):
         run(tiny.config(tmp_path / "run", **settings(workers)), tiny.objects())
-    assert draws(tmp_path)[2] == 1
+    assert starts_of_chunks(tmp_path)[2] == 1
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_workers_end_when_the_loop_is_killed_even_in_the_middle_of_a_chunk(tmp_p
         run(RunConfig.model_validate_json({tiny.config(root, **settings(2)).model_dump_json()!r}), tiny.objects())
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=REPOSITORY)
-    wait_until(lambda: len(draws(tmp_path)) == 2)
+    wait_until(lambda: len(starts_of_chunks(tmp_path)) == 2)
     assert len(workers_of(root)) == 2
     parent.send_signal(signal.SIGKILL)
     parent.wait()
@@ -247,7 +247,7 @@ def test_a_worker_that_died_at_rest_is_not_retried(tmp_path: Path) -> None:
     assert engine.processes == [None, None]
 
 
-def draws(folder: Path) -> dict[int, int]:
+def starts_of_chunks(folder: Path) -> dict[int, int]:
     """How often each chunk was begun."""
     counts: dict[int, int] = {}
     for path in (folder / "marks").glob("*-*"):

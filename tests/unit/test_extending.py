@@ -30,7 +30,7 @@ from raftune.runtime.run import run
 from raftune.selection import Candidates, load_rule, select
 from raftune.store.parquet import read_table
 from raftune.training.objectives import chosen_rows, load_objective
-from tests.builders import Parts, parts, save_tiny, unit_of, write_rows
+from tests.builders import Parts, chunk_of, parts, save_tiny, write_rows
 from tests.runs import tiny
 from tests.unit.policies.causal_lm.fits import some_rows
 
@@ -47,7 +47,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def told(root: Path, *path: str) -> Any:
+def read_json(root: Path, *path: str) -> Any:
     return json.loads(root.joinpath(*path).read_text(encoding="utf-8"))
 
 
@@ -90,13 +90,13 @@ def test_a_run_follows_a_rule_an_engine_and_a_metric_of_ones_own(files: Path) ->
     config = tiny.config(files / "mine", **changes)
     assert validate(declared(config)) == config.model_copy(update={"output_dir": None})
     run(config, tiny.objects())
-    summary = told(files / "mine", "round-0001", "select", "summary.json")
+    summary = read_json(files / "mine", "round-0001", "select", "summary.json")
     own = {"near the best of its prompt", "too far from the best"}
     assert own == set(summary["reasons"])
     verdicts = read_table(files / "mine" / "round-0001" / "select" / "verdicts.parquet")
     best = {row["prompt_id"]: row["score"] for row in verdicts.to_pylist() if row["rank"] == 1}
     assert all((row["weight"] > 0) == (row["score"] >= best[row["prompt_id"]] - 0.5) for row in verdicts.to_pylist())
-    metrics = told(files / "mine", "round-0001", "evaluate", "metrics.json")
+    metrics = read_json(files / "mine", "round-0001", "evaluate", "metrics.json")
     assert metrics["metrics/size"]["mean"] == pytest.approx(metrics["reward"]["mean"])
     assert metrics["metrics/Broken"] is None
     assert metrics["metric_errors"] == {"Broken": "ValueError: no size"}
@@ -126,13 +126,13 @@ def test_a_run_of_the_family_of_the_page_learns(files: Path) -> None:
         }
     )
     prompts = pa.table({"prompt": [f"question {i}" for i in range(12)]})
-    run(config, PythonObjects(lambda: prompts, lambda: prompts.slice(0, 4), [likes_yes]))
-    counts = told(files, "words", "round-0001", "model", "counts.json")
+    run(config, PythonObjects(lambda: prompts, lambda: prompts.slice(0, 4), [counts_yes]))
+    counts = read_json(files, "words", "round-0001", "model", "counts.json")
     assert counts["yes"] > 5 > counts["no"] == 1.0
-    assert told(files, "words", "round-0001", "evaluate", "metrics.json")["metrics/Exclaims"]["mean"] == 0.0
+    assert read_json(files, "words", "round-0001", "evaluate", "metrics.json")["metrics/Exclaims"]["mean"] == 0.0
 
 
-def likes_yes(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+def counts_yes(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     return [float(text == "yes") for text in completions]
 
 
@@ -185,7 +185,7 @@ def test_a_causal_lm_generates_by_the_backend_of_the_page(files: Path, llama: Pa
     CausalLM.start(config, start)
     own = SamplingConfig(**{**config.sampling.model_dump(), "backend": "one_by_one.py:OneByOne"})
     policy = CausalLM.load(with_sections(config, sampling=own), start, start)
-    chunk = unit_of(["the cab", "so"], k=2)
+    chunk = chunk_of(["the cab", "so"], k=2)
     samples = policy.generate(chunk)
     assert [sample.seed for sample in samples] == [seed for seeds in chunk.seeds for seed in seeds]
     table = pa.Table.from_pylist([dict(sample.payload) for sample in samples])
@@ -200,11 +200,11 @@ def test_a_backend_that_is_named_is_used_or_refused(llama: Path, tmp_path: Path)
     CausalLM.start(config, tmp_path)
     named = SamplingConfig(**{**config.sampling.model_dump(), "backend": "hf_generate"})
     policy = CausalLM.load(with_sections(config, sampling=named), tmp_path, tmp_path)
-    assert policy.choose_backend(unit_of(["so"]).prompts)["forked"] == "sampling.backend is hf_generate"
+    assert policy.choose_backend(chunk_of(["so"]).prompts)["forked"] == "sampling.backend is hf_generate"
     asked = {**config.sampling.model_dump(), "backend": "shared_prefix", "generation_kwargs": {"num_beams": 2}}
     policy = CausalLM.load(with_sections(config, sampling=SamplingConfig(**asked)), tmp_path, tmp_path)
     with pytest.raises(ConfigError, match=r"sampling\.backend: shared_prefix cannot be used here.*num_beams"):
-        policy.choose_backend(unit_of(["so"]).prompts)
+        policy.choose_backend(chunk_of(["so"]).prompts)
 
 
 WRONG = {

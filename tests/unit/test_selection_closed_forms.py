@@ -23,7 +23,7 @@ R = np.array([1.0, 0.0, 1.0, 2.5, 0.0])
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledGroups:
     """X groups of K answers (X, K), their scores, and the probability of each group (X,)."""
 
     answers: np.ndarray
@@ -59,14 +59,14 @@ class Drawn:
         return mass / mass.sum()
 
 
-def all_outcomes(p: np.ndarray, r: np.ndarray, k: int) -> Drawn:
+def all_outcomes(p: np.ndarray, r: np.ndarray, k: int) -> SampledGroups:
     answers = np.array(list(product(range(len(p)), repeat=k)))
-    return Drawn(answers, r[answers], p[answers].prod(axis=1))
+    return SampledGroups(answers, r[answers], p[answers].prod(axis=1))
 
 
-def random_draws(p: np.ndarray, r: np.ndarray, k: int, groups: int, seed: int) -> Drawn:
+def random_samples(p: np.ndarray, r: np.ndarray, k: int, groups: int, seed: int) -> SampledGroups:
     answers = np.random.default_rng(seed).choice(len(p), size=(groups, k), p=p)
-    return Drawn(answers, r[answers], np.full(groups, 1 / groups))
+    return SampledGroups(answers, r[answers], np.full(groups, 1 / groups))
 
 
 # -- 1 to 5: best of K and top m -------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_1_the_best_of_k_samples_has_its_distribution(k: int) -> None:
 
 def test_1_breaking_ties_by_content_would_have_another_law() -> None:
     drawn = all_outcomes(P, R, 3)
-    by_content = Drawn(drawn.answers, drawn.scores + 1e-6 * drawn.answers, drawn.chance)
+    by_content = SampledGroups(drawn.answers, drawn.scores + 1e-6 * drawn.answers, drawn.chance)
     assert np.abs(by_content.law() - exact.best_of_k_law(P, R, 3)).max() > 0.05
 
 
@@ -145,7 +145,7 @@ def test_6_the_estimate_is_what_selection_keeps_of_every_subset() -> None:
     scores = np.array([0.5, 2.0, 0.5, -1.0, 3.0, 2.0, 0.0])
     for k in range(1, 8):
         subsets = np.array(list(combinations(range(7), k)))
-        drawn = Drawn(subsets, scores[subsets], np.full(len(subsets), 1 / len(subsets)))
+        drawn = SampledGroups(subsets, scores[subsets], np.full(len(subsets), 1 / len(subsets)))
         mean = drawn.chance @ (drawn.weights() * drawn.scores).sum(axis=1)
         assert best_of_k_estimates(scores, [k])[0] == pytest.approx(mean, abs=1e-13)
 
@@ -169,7 +169,7 @@ LOG_S, LOG_FAIL = exact.log_mass_gradient(P, GOOD), exact.log_mass_gradient(P, ~
 K = 4
 
 
-def gradient(drawn: Drawn, weights: np.ndarray) -> np.ndarray:
+def gradient(drawn: SampledGroups, weights: np.ndarray) -> np.ndarray:
     """(V,) the expectation over prompts of Σ_k weight · ∇ log p(answer), in the logits of P."""
     mass = drawn.mass(weights, len(P))
     return mass - mass.sum() * P
@@ -312,7 +312,7 @@ def test_11_ties_at_the_cut_do_not_exclude_later_prompts() -> None:
     shares = np.zeros(2)
     exact_share = 0.0
     for scores, weight in zip(outcomes, chance, strict=True):
-        drawn = Drawn(np.zeros((2, 4), np.int64), scores.reshape(2, 4).astype(float), np.ones(2))
+        drawn = SampledGroups(np.zeros((2, 4), np.int64), scores.reshape(2, 4).astype(float), np.ones(2))
         for seed in range(20):
             kept = drawn.weights(seed, rule="top_fraction", keep_fraction=0.25).sum(axis=1)
             shares += weight * kept / 2 / 20
@@ -332,22 +332,22 @@ def _fair_share_of_first(scores: np.ndarray) -> float:
 # -- 12, 13: invariance and allocation -------------------------------------------------------------------------------
 
 
-def transformed(drawn: Drawn) -> Drawn:
+def transformed(drawn: SampledGroups) -> SampledGroups:
     """Each group's scores under a strictly increasing function of its own."""
     scale = 0.5 + np.arange(len(drawn.scores))[:, None] % 7
-    return Drawn(drawn.answers, np.arctan(drawn.scores * scale) - 5 * scale, drawn.chance)
+    return SampledGroups(drawn.answers, np.arctan(drawn.scores * scale) - 5 * scale, drawn.chance)
 
 
 @pytest.mark.parametrize("fields", [{}, {"rule": "top_m", "m": 2}, {"all_equal": "skip"}, {"rule": "random"}])
 def test_12_ranking_within_prompts_is_invariant_to_increasing_transformations(fields: dict[str, Any]) -> None:
-    drawn = random_draws(P, R, 4, 500, seed=3)
+    drawn = random_samples(P, R, 4, 500, seed=3)
     np.testing.assert_array_equal(drawn.weights(**fields), transformed(drawn).weights(**fields))
 
 
 def test_12_global_ranking_is_invariant_to_a_common_transformation_only() -> None:
-    drawn = random_draws(P, R, 4, 500, seed=4)
+    drawn = random_samples(P, R, 4, 500, seed=4)
     fields: dict[str, Any] = {"rule": "top_fraction", "keep_fraction": 0.2}
-    common = Drawn(drawn.answers, np.exp(drawn.scores), drawn.chance)
+    common = SampledGroups(drawn.answers, np.exp(drawn.scores), drawn.chance)
     np.testing.assert_array_equal(drawn.weights(**fields), common.weights(**fields))
     assert (drawn.weights(**fields) != transformed(drawn).weights(**fields)).any()
 
@@ -356,15 +356,15 @@ def test_12_global_ranking_is_invariant_to_a_common_transformation_only() -> Non
     "fields", [{"rule": "softmax", "temperature": 1}, {"rule": "threshold", "threshold": 1}, {"margin": 1}]
 )
 def test_12_softmax_threshold_and_margin_see_the_scale(fields: dict[str, Any]) -> None:
-    drawn = random_draws(P, R, 4, 500, seed=5)
-    doubled = Drawn(drawn.answers, 2 * drawn.scores + 1, drawn.chance)
+    drawn = random_samples(P, R, 4, 500, seed=5)
+    doubled = SampledGroups(drawn.answers, 2 * drawn.scores + 1, drawn.chance)
     assert (drawn.weights(**fields) != doubled.weights(**fields)).any()
 
 
 def test_12_a_transformation_that_saturates_in_floats_makes_ties() -> None:
     scores = np.array([[40.0, 41.0]])
-    drawn = Drawn(np.array([[0, 1]]), scores, np.ones(1))
-    saturated = Drawn(drawn.answers, 1 / (1 + np.exp(-scores)), drawn.chance)
+    drawn = SampledGroups(np.array([[0, 1]]), scores, np.ones(1))
+    saturated = SampledGroups(drawn.answers, 1 / (1 + np.exp(-scores)), drawn.chance)
     assert drawn.weights().tolist() == [[0, 1]]
     assert saturated.weights().tolist() == [[1, 0]]
 
@@ -392,7 +392,7 @@ def test_13_the_best_allocation_leaves_the_variance_it_promises() -> None:
 def _variance_of_mean(norm: float, acceptance: float, n: int, runs: int, seed: int) -> float:
     """Runs are groups of n candidates; gradients are normal with standard deviation `norm`, unrelated to the score."""
     rng = np.random.default_rng([seed, n])
-    drawn = Drawn(np.zeros((runs, n), np.int64), rng.random((runs, n)), np.ones(runs))
+    drawn = SampledGroups(np.zeros((runs, n), np.int64), rng.random((runs, n)), np.ones(runs))
     accepted = drawn.weights(rule="threshold", threshold=1 - acceptance)
     means = (accepted * rng.normal(0, norm, (runs, n))).sum(axis=1) / accepted.sum(axis=1)
     return float(means.var())

@@ -81,7 +81,7 @@ def test_a_recipe_passes_its_plan_with_models_and_data_at_hand(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    stand_in(load_config([path]), tmp_path)
+    save_substitutes(load_config([path]), tmp_path)
     at_hand = {"engine": {"threads": 1}, "sampling": {"max_completion_length": 8}, "policy": {"device": "cpu"}}
     at_hand["policy"]["model"] = "policy"
     recipe = yaml.safe_load(path.read_text().replace("trl-lib/DeepMath-103K", "prompts.jsonl"))
@@ -130,7 +130,7 @@ def with_local_classifiers(value: Any) -> Any:
     return [with_local_classifiers(one) for one in value] if isinstance(value, list) else value
 
 
-def stand_in(config: RunConfig, folder: Path) -> None:
+def save_substitutes(config: RunConfig, folder: Path) -> None:
     """Tiny models, rewards and prompts under the names by which the recipe knows them."""
     save_tiny(folder / "policy", "llama", chat=True)
     save_classifier(folder / "classifier", {0: "nothate", 1: "hate"})

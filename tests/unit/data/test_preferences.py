@@ -21,7 +21,7 @@ H, A = "\n\nHuman: ", "\n\nAssistant: "
 USER = {"role": "user", "content": "Why?"}
 
 
-def said(content: str) -> dict[str, str]:
+def assistant_message(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
@@ -71,8 +71,8 @@ def test_prompt_and_completion_as_texts_join_to_the_dialogue_that_was_given(tmp_
 def test_a_dialogue_becomes_messages_where_they_are_asked_for(tmp_path: Path) -> None:
     row = {"chosen": f"{H}Hi{A}Hello{H}Why?{A}Because", "rejected": f"{H}Hi{A}Hello{H}Why?{A}No"}
     [pair] = read(tmp_path, row, dialogues="messages").rows
-    assert pair.prompt == [{"role": "user", "content": "Hi"}, said("Hello"), USER]
-    assert (pair.chosen, pair.rejected) == ([said("Because")], [said("No")])
+    assert pair.prompt == [{"role": "user", "content": "Hi"}, assistant_message("Hello"), USER]
+    assert (pair.chosen, pair.rejected) == ([assistant_message("Because")], [assistant_message("No")])
 
 
 def test_dialogues_that_part_early_share_what_comes_before_and_go_on_for_several_turns(tmp_path: Path) -> None:
@@ -89,14 +89,14 @@ def test_a_prompt_ends_with_the_users_turn_also_where_the_next_questions_differ(
 
 
 def test_the_formats_of_trl_give_the_same_pair(tmp_path: Path) -> None:
-    dialogue = {"chosen": [USER, said("x")], "rejected": [USER, said("y")]}
-    apart = {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")]}
+    dialogue = {"chosen": [USER, assistant_message("x")], "rejected": [USER, assistant_message("y")]}
+    apart = {"prompt": [USER], "chosen": [assistant_message("x")], "rejected": [assistant_message("y")]}
     repeated = {"prompt": "Why?", **dialogue}  # the prompt as a text beside dialogues that hold it
     mixed = {"prompt": [USER], "chosen": "x", "rejected": "y"}
     found = read(tmp_path, dialogue, apart, repeated, mixed)
     assert not found.skipped
     assert {json.dumps([p.prompt, p.chosen, p.rejected]) for p in found.rows} == {
-        json.dumps([[USER], [said("x")], [said("y")]])
+        json.dumps([[USER], [assistant_message("x")], [assistant_message("y")]])
     }
 
 
@@ -139,23 +139,29 @@ def test_k_ranked_completions_give_every_pair_but_those_that_are_tied(tmp_path: 
         ({"prompt": 3, "chosen": "x", "rejected": "y"}, "wrong type"),
         ({"prompt": {"text": "p"}, "chosen": "x", "rejected": "y"}, "wrong type"),
         ({"prompt": "p", "chosen": ["x"], "rejected": "y"}, "wrong type"),
-        ({"chosen": "x", "rejected": [USER, said("y")]}, "wrong type"),
+        ({"chosen": "x", "rejected": [USER, assistant_message("y")]}, "wrong type"),
         ({"prompt": " \n", "chosen": "x", "rejected": "y"}, "empty prompt"),
         ({"prompt": [{"role": "user", "content": ""}], "chosen": "x", "rejected": "y"}, "empty prompt"),
         ({"prompt": [], "chosen": "x", "rejected": "y"}, "empty prompt"),
         ({"prompt": "p", "chosen": "", "rejected": "y"}, "empty answer"),
-        ({"prompt": [USER], "chosen": [said(" ")], "rejected": [said("y")]}, "empty answer"),
+        ({"prompt": [USER], "chosen": [assistant_message(" ")], "rejected": [assistant_message("y")]}, "empty answer"),
         ({"prompt": "p", "chosen": "x", "rejected": " x\n"}, "chosen equal to rejected"),
-        ({"chosen": [USER, said("x")], "rejected": [USER, said("x ")]}, "chosen equal to rejected"),
+        (
+            {"chosen": [USER, assistant_message("x")], "rejected": [USER, assistant_message("x ")]},
+            "chosen equal to rejected",
+        ),
         ({"chosen": "x and y", "rejected": "x and z"}, "no shared prefix"),
         ({"chosen": f"{H}Why?{A}x", "rejected": f"{H}How?{A}y"}, "no shared prefix"),
         ({"chosen": f"{H}Why?{A}x", "rejected": f"{H}Why?"}, "dialogue does not end with the assistant"),
-        ({"chosen": [USER], "rejected": [USER, said("y")]}, "dialogue does not end with the assistant"),
-        ({"prompt": [USER], "chosen": [], "rejected": [said("y")]}, "dialogue does not end with the assistant"),
+        ({"chosen": [USER], "rejected": [USER, assistant_message("y")]}, "dialogue does not end with the assistant"),
+        (
+            {"prompt": [USER], "chosen": [], "rejected": [assistant_message("y")]},
+            "dialogue does not end with the assistant",
+        ),
         ({"chosen": f"{A}x{A}z", "rejected": f"{A}x{A}y"}, "roles out of order"),
         ({"chosen": f"Note.{H}Why?{A}z", "rejected": f"Note.{H}Why?{A}y"}, "roles out of order"),
-        ({"prompt": [said("x")], "chosen": "x", "rejected": "y"}, "roles out of order"),
-        ({"prompt": [USER, said("x")], "chosen": "x", "rejected": "y"}, "roles out of order"),
+        ({"prompt": [assistant_message("x")], "chosen": "x", "rejected": "y"}, "roles out of order"),
+        ({"prompt": [USER, assistant_message("x")], "chosen": "x", "rejected": "y"}, "roles out of order"),
         ({"prompt": [{"role": "wizard", "content": "?"}], "chosen": "x", "rejected": "y"}, "roles out of order"),
         ({"prompt": [USER, USER], "chosen": "x", "rejected": "y"}, "roles out of order"),
         ({"prompt": ["Why?"], "chosen": "x", "rejected": "y"}, "wrong type"),
@@ -175,10 +181,12 @@ def test_a_row_without_a_pair_is_skipped_by_its_reason(tmp_path: Path, row: Any,
 
 def test_a_system_prompt_and_tools_belong_to_the_prompt(tmp_path: Path) -> None:
     before = [{"role": "system", "content": "Be brief."}, USER]
-    tool = [said(""), {"role": "tool", "content": "42"}, {"role": "tool", "content": "43"}]
+    tool = [assistant_message(""), {"role": "tool", "content": "42"}, {"role": "tool", "content": "43"}]
     tool[0]["tool_calls"] = [{"name": "look"}]  # type: ignore[assignment]
     turns = [*before, *tool]
-    [pair] = read(tmp_path, {"chosen": [*turns, said("x")], "rejected": [*turns, said("y")]}).rows
+    [pair] = read(
+        tmp_path, {"chosen": [*turns, assistant_message("x")], "rejected": [*turns, assistant_message("y")]}
+    ).rows
     assert pair.prompt == turns
 
 
@@ -202,7 +210,7 @@ def test_one_file_may_hold_rows_of_all_formats(tmp_path: Path) -> None:
     rows: list[Any] = [
         {"chosen": f"{H}Why?{A}x", "rejected": f"{H}Why?{A}y"},
         {"prompt": "p", "chosen": "a", "rejected": "b", "more": {"deep": [1, "two"]}},
-        {"prompt": [USER], "chosen": [said("x")], "rejected": [said("y")], "more": 3},
+        {"prompt": [USER], "chosen": [assistant_message("x")], "rejected": [assistant_message("y")], "more": 3},
     ]
     found = read(tmp_path, *rows)
     assert Counter(type(pair.prompt).__name__ for pair in found.rows) == {"str": 2, "list": 1}
@@ -211,19 +219,24 @@ def test_one_file_may_hold_rows_of_all_formats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 def test_a_system_column_precedes_the_prompt(tmp_path: Path, name: str) -> None:
-    said = [{"role": "user", "content": "p"}]
+    assistant_message = [{"role": "user", "content": "p"}]
     rows = [
         {name: "Be kind.", "question": "p", "chosen": "a", "rejected": "b"},
-        {name: "Be kind.", "prompt": said, "chosen": "a", "rejected": "b"},
-        {name: "Be kind.", "prompt": [{"role": "system", "content": "x"}, *said], "chosen": "a", "rejected": "b"},
+        {name: "Be kind.", "prompt": assistant_message, "chosen": "a", "rejected": "b"},
+        {
+            name: "Be kind.",
+            "prompt": [{"role": "system", "content": "x"}, *assistant_message],
+            "chosen": "a",
+            "rejected": "b",
+        },
         {name: "", "prompt": "p", "chosen": "a", "rejected": "b"},
         {name: 7, "prompt": "p", "chosen": "a", "rejected": "b"},
     ]
     found = read(tmp_path, *rows)
     assert [pair.prompt for pair in found.rows] == [
         "Be kind.\n\np",
-        [{"role": "system", "content": "Be kind."}, *said],
-        [{"role": "system", "content": "x"}, *said],
+        [{"role": "system", "content": "Be kind."}, *assistant_message],
+        [{"role": "system", "content": "x"}, *assistant_message],
         "p",
     ]
     assert [(one.row, str(one.reason)) for one in found.skipped] == [(5, "wrong type")]

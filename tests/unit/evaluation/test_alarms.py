@@ -27,7 +27,7 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(seed))
 
 
-def judged(trained: Any, held_out: Any, round_: int = 1, log_ratio: Any = None) -> pa.Table:
+def evaluated(trained: Any, held_out: Any, round_: int = 1, log_ratio: Any = None) -> pa.Table:
     """Held-out samples from (P, K) arrays."""
     names = [f"{i:03d}-0" for i in range(len(trained))]
     columns = {
@@ -40,7 +40,7 @@ def judged(trained: Any, held_out: Any, round_: int = 1, log_ratio: Any = None) 
     return pa.table(columns | ({} if log_ratio is None else {"log_ratio": np.ravel(log_ratio)}))
 
 
-def drawn(texts: Sequence[Sequence[str]], scores: Any = None, *, best: int = 0, **parts: Any) -> pa.Table:
+def generated(texts: Sequence[Sequence[str]], scores: Any = None, *, best: int = 0, **parts: Any) -> pa.Table:
     """A round's samples from (P, K) texts, of which the one with index `best` was kept; the control is the first."""
     names = [f"{i:03d}-0" for i in range(len(texts))]
     k = len(texts[0])
@@ -98,18 +98,18 @@ def names(found: list[dict[str, Any]]) -> list[str]:
 # -- the held-out reward ----------------------------------------------------------------------------------------------
 
 
-def parting(fall: float, rise: float = 1.0, noise: float = 1.0, seed: int = 0) -> Alarm | None:
+def divergence(fall: float, rise: float = 1.0, noise: float = 1.0, seed: int = 0) -> Alarm | None:
     """The alarm over a start and a round after it, whose rewards differ by so much."""
     generator = rng(seed)
     tables = []
     for round_ in (0, 1):
         trained, held_out = (generator.normal(0, noise, (P, K)) for _ in range(2))
-        tables.append(judged(trained + rise * round_, held_out - fall * round_, round_))
+        tables.append(evaluated(trained + rise * round_, held_out - fall * round_, round_))
     return alarms.held_out_falls(data(held_out=tables[1], earlier=tables[:1], false_alarms=0.01))
 
 
 def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_an_alarm() -> None:
-    found = parting(fall=1.0)
+    found = divergence(fall=1.0)
     assert found is not None
     assert found.numbers["since"] == 0
     assert found.numbers["held_out"]["high"] < 0 < found.numbers["trained"]["low"]
@@ -118,13 +118,13 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_an_alarm() 
 
 @pytest.mark.parametrize(("fall", "rise"), [(-1.0, 1.0), (1.0, -1.0), (0.0, 1.0), (1.0, 0.0)])
 def test_rewards_that_go_together_or_stand_are_none(fall: float, rise: float) -> None:
-    assert parting(fall, rise) is None
+    assert divergence(fall, rise) is None
 
 
 def test_the_round_before_the_fall_is_the_one_that_is_compared_with() -> None:
     generator = rng(1)
     heights = [(0.0, 0.0), (1.0, 2.0), (2.0, 1.0)]
-    tables = [judged(a + generator.normal(0, 1, (P, K)), b + generator.normal(0, 1, (P, K))) for a, b in heights]
+    tables = [evaluated(a + generator.normal(0, 1, (P, K)), b + generator.normal(0, 1, (P, K))) for a, b in heights]
     found = alarms.held_out_falls(data(held_out=tables[2], earlier=tables[:2], false_alarms=0.01))
     assert found is not None
     assert found.numbers["since"] == 1  # against the start, both rewards rose
@@ -133,7 +133,7 @@ def test_the_round_before_the_fall_is_the_one_that_is_compared_with() -> None:
 def test_a_slow_fall_that_no_single_round_shows_is_seen_in_time() -> None:
     """0.2 a round with a standard error of 0.10: from round 8 on it is 10 standard errors since the start."""
     generator = rng(2)
-    tables = [judged(generator.normal(0.5 * r, 1, (P, K)), generator.normal(-0.2 * r, 1, (P, K))) for r in range(9)]
+    tables = [evaluated(generator.normal(0.5 * r, 1, (P, K)), generator.normal(-0.2 * r, 1, (P, K))) for r in range(9)]
     assert alarms.held_out_falls(data(held_out=tables[1], earlier=tables[:1], judge="it", false_alarms=1e-6)) is None
     found = alarms.held_out_falls(data(held_out=tables[8], earlier=tables[:8], judge="it", false_alarms=1e-6))
     assert found is not None
@@ -142,7 +142,7 @@ def test_a_slow_fall_that_no_single_round_shows_is_seen_in_time() -> None:
 def test_named_are_completions_that_the_trained_reward_likes_and_the_judge_does_not() -> None:
     generator = rng(3)
     trained, held_out = generator.normal(1, 1, (P, K)), generator.normal(-1, 1, (P, K))
-    now, then = judged(trained, held_out), judged(trained - 1, held_out + 1, 0)
+    now, then = evaluated(trained, held_out), evaluated(trained - 1, held_out + 1, 0)
     found = alarms.held_out_falls(data(held_out=now, earlier=[then], false_alarms=0.01))
     assert found is not None
     row = {name: i for i, name in enumerate(now.column("sample_id").to_pylist())}
@@ -156,7 +156,7 @@ def test_named_are_completions_that_the_trained_reward_likes_and_the_judge_does_
 
 
 def test_prompts_that_only_one_round_has_are_left_out() -> None:
-    now, then = judged(np.ones((P, K)), np.zeros((P, K))), judged(np.zeros((P - 8, K)), np.ones((P - 8, K)), 0)
+    now, then = evaluated(np.ones((P, K)), np.zeros((P, K))), evaluated(np.zeros((P - 8, K)), np.ones((P - 8, K)), 0)
     found = alarms.held_out_falls(data(held_out=now, earlier=[then], judge="it", false_alarms=0.01))
     assert found is not None
     assert found.numbers["trained"]["n"] == P - 8
@@ -174,7 +174,7 @@ def test_without_a_change_of_the_judge_alarms_are_rarer_than_the_chosen_chance()
     for _ in range(runs):
         hardness = generator.normal(0, 2, (16, 1))
         tables = [
-            judged(generator.normal(r, 0.1, (16, K)), hardness + generator.exponential(1, (16, K)))
+            evaluated(generator.normal(r, 0.1, (16, K)), hardness + generator.exponential(1, (16, K)))
             for r in range(rounds + 1)
         ]
         fired += alarms.held_out_falls(data(held_out=tables[-1], earlier=tables[:-1], false_alarms=0.05)) is not None
@@ -206,7 +206,7 @@ def test_a_healthy_round_raises_nothing() -> None:
     for seed in range(20):
         generator = rng(seed)
         parts = {name: generator.normal(0, 1, (32, K)) for name in ("polite", "useful")}
-        samples = drawn(sentences(generator, 32, K), sum(parts.values()), **parts)
+        samples = generated(sentences(generator, 32, K), sum(parts.values()), **parts)
         assert look(samples) == []
 
 
@@ -215,7 +215,7 @@ def test_kept_completions_that_all_sound_alike_are_less_varied_and_nearly_the_sa
     texts = sentences(generator, 32, K)
     for group in texts:
         group[1] = "please " * 9 + group[1].split()[0]
-    found = look(drawn(texts, best=1))
+    found = look(generated(texts, best=1))
     assert names(found)[0] == "diversity_drops"
     first = found[0]
     assert first["numbers"]["lost"] > 0.5
@@ -225,9 +225,9 @@ def test_kept_completions_that_all_sound_alike_are_less_varied_and_nearly_the_sa
 
 def test_what_was_lost_over_the_rounds_is_measured_against_round_1() -> None:
     generator = rng(6)
-    varied = drawn(sentences(generator, 32, K))
+    varied = generated(sentences(generator, 32, K))
     few = [" ".join(generator.choice(WORDS[:4], 12)) for _ in range(32 * K)]
-    uniform = drawn([few[i * K : i * K + K] for i in range(32)])
+    uniform = generated([few[i * K : i * K + K] for i in range(32)])
     examination = RoundMonitor(GuardsConfig())
     first = examination.measures(MonitorInput(1, varied, {}, None, [], "", None))["generated"]
     assert look(uniform) == []  # it draws what it keeps: of this round alone nothing can be said
@@ -239,8 +239,8 @@ def test_what_was_lost_over_the_rounds_is_measured_against_round_1() -> None:
 def test_sets_of_unlike_sizes_are_not_compared() -> None:
     """Distinct-2 falls as a set grows, so that round 1's of a hundredth of the words says nothing."""
     generator = rng(7)
-    small = drawn(sentences(generator, 32, K, words=4))
-    large = drawn(sentences(generator, 32, K, words=400))
+    small = generated(sentences(generator, 32, K, words=4))
+    large = generated(sentences(generator, 32, K, words=400))
     examination = RoundMonitor(GuardsConfig(length_factor=1000))
     first = examination.measures(MonitorInput(1, small, {}, None, [], "", None))["generated"]
     assert (
@@ -256,7 +256,7 @@ def test_kept_completions_of_another_length_than_generated_are_a_drift(words: in
     texts = sentences(generator, 32, 16)
     for group, odd in zip(texts, sentences(generator, 32, 1, words), strict=True):
         group[3] = odd[0]
-    found = [alarm for alarm in look(drawn(texts, best=3)) if alarm["alarm"] == "length_drifts"]
+    found = [alarm for alarm in look(generated(texts, best=3)) if alarm["alarm"] == "length_drifts"]
     assert len(found) == 1
     assert title in found[0]["title"]
     assert found[0]["numbers"]["selected"]["mean"] == words
@@ -269,7 +269,7 @@ def test_a_drift_that_the_interval_does_not_show_is_none() -> None:
     texts = sentences(generator, 32, 16)
     for group in texts[:2]:
         group[3] = " ".join(generator.choice(WORDS, 400))
-    samples = drawn(texts, best=3)
+    samples = generated(texts, best=3)
     kept = samples.filter(samples.column("weight").to_numpy() > 0)
     assert np.mean(kept.column("length").to_numpy()) > 2 * np.mean(samples.column("length").to_numpy())
     assert look(samples) == []
@@ -280,7 +280,7 @@ def test_one_completion_for_many_prompts_names_its_prompts() -> None:
     texts = sentences(generator, 32, K)
     for group in texts[:20]:
         group[1] = "it is always a pleasure to help you with anything at all"
-    found = look(drawn(texts, best=1))[-1]
+    found = look(generated(texts, best=1))[-1]
     assert found["alarm"] == "near_duplicates"
     assert found["numbers"] == {"selected": 20 / 32, "first": 0.0, "clusters": [20]}
     assert found["samples"][0]["why"] == "nearly the same as answers kept for 19 other prompts"
@@ -289,13 +289,13 @@ def test_one_completion_for_many_prompts_names_its_prompts() -> None:
 def test_completions_that_are_alike_from_the_beginning_are_no_alarm() -> None:
     generator = rng(11)
     letters = [[str(generator.choice(["A", "B", "C", "D"])) for _ in range(K)] for _ in range(32)]
-    assert look(drawn(letters)) == []
+    assert look(generated(letters)) == []
 
 
 def test_a_round_with_few_kept_completions_is_too_small_to_judge() -> None:
     texts = [["please please please please"] * K for _ in range(alarms.FEWEST - 1)]
     first = {"distinct_2": 1.0, "words": 60, "length": 60.0, "near_duplicates": 0.0}
-    assert look(drawn(texts), first) == []
+    assert look(generated(texts), first) == []
 
 
 # -- the parts of the score -------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def scored(loud: float, quiet: float, seed: int = 12) -> pa.Table:
     generator = rng(seed)
     parts = {"loud": generator.normal(0, loud, (32, K)), "quiet": generator.normal(0, quiet, (32, K))}
     score = parts["loud"] + parts["quiet"]
-    samples = drawn(sentences(generator, 32, K), score, **parts)
+    samples = generated(sentences(generator, 32, K), score, **parts)
     best = (score == score.max(axis=1, keepdims=True)).astype(np.float64)
     return samples.set_column(samples.column_names.index("weight"), "weight", pa.array(best.ravel()))
 
@@ -346,7 +346,7 @@ def test_samples_without_a_score_do_not_take_part() -> None:
 
 def test_a_policy_beyond_its_budget_names_the_completions_that_are_farthest_from_the_start() -> None:
     ratio = np.arange(P * K, dtype=float).reshape(P, K)
-    held_out = judged(np.zeros((P, K)), np.zeros((P, K)), log_ratio=ratio)
+    held_out = evaluated(np.zeros((P, K)), np.zeros((P, K)), log_ratio=ratio)
     found = alarms.kl_beyond_budget(data(held_out=held_out, max_kl=50.0))
     assert found is not None
     assert found.numbers["kl"]["mean"] == ratio.mean()
@@ -355,7 +355,7 @@ def test_a_policy_beyond_its_budget_names_the_completions_that_are_farthest_from
 
 def test_a_policy_within_its_budget_is_none() -> None:
     ratio = np.ones((P, K))
-    assert alarms.kl_beyond_budget(data(held_out=judged(ratio, ratio, log_ratio=ratio), max_kl=1.0)) is None
+    assert alarms.kl_beyond_budget(data(held_out=evaluated(ratio, ratio, log_ratio=ratio), max_kl=1.0)) is None
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_a_policy_within_its_budget_is_none() -> None:
 def test_kept_samples_count_by_their_weight_and_both_sets_of_words_are_of_one_size() -> None:
     generator = rng(13)
     scores = np.tile([0.0, 1.0, 2.0, 3.0], (20, 1))
-    samples = drawn(sentences(generator, 20, K), scores, best=3, value=scores)
+    samples = generated(sentences(generator, 20, K), scores, best=3, value=scores)
     found = RoundMonitor(GuardsConfig()).measures(MonitorInput(1, samples, {"value": 1.0}, None, [], "", None))
     assert (found["generated"]["samples"], found["selected"]["samples"]) == (80, 20)
     assert (found["generated"]["reward"], found["selected"]["rewards/value"]) == (1.5, 3.0)
@@ -377,7 +377,7 @@ def test_kept_samples_count_by_their_weight_and_both_sets_of_words_are_of_one_si
 
 
 def test_a_round_that_kept_nothing_is_measured_without_words() -> None:
-    samples = drawn(sentences(rng(14), 20, K), best=9)
+    samples = generated(sentences(rng(14), 20, K), best=9)
     found = RoundMonitor(GuardsConfig()).measures(MonitorInput(1, samples, {}, None, [], "", None))
     assert found["selected"] == {"samples": 0, "words": 0}
     assert look(samples) == []
@@ -420,11 +420,11 @@ def test_what_is_tried_raises_what_a_round_of_it_would() -> None:
 def test_empty_completions_are_an_alarm_from_their_share_on(share: float, raised: bool) -> None:
     texts = [[""] * K if i < share * P else group for i, group in enumerate(sentences(rng(), P, K))]
     flags = pa.array([text == "" for group in texts for text in group])
-    assert ("empty_answers" in names(look(drawn(texts).append_column("empty", flags)))) is raised
+    assert ("empty_answers" in names(look(generated(texts).append_column("empty", flags)))) is raised
 
 
 def test_kept_completions_that_were_cut_off_are_an_alarm_though_few_that_were_generated_are() -> None:
-    samples = drawn(sentences(rng(), P, K), best=0)
+    samples = generated(sentences(rng(), P, K), best=0)
     cut = pa.array([i % K == 0 for i in range(P * K)])
     samples = samples.set_column(samples.column_names.index("clipped"), "clipped", cut)
     found = {alarm["alarm"]: alarm for alarm in look(samples)}
@@ -435,20 +435,20 @@ def test_kept_completions_that_were_cut_off_are_an_alarm_though_few_that_were_ge
 def test_prompts_with_equal_scores_are_an_alarm_from_their_share_on() -> None:
     scores = np.tile(np.arange(K), (P, 1)).astype(float)
     scores[: P // 2] = 0.0
-    assert names(look(drawn(sentences(rng(), P, K), scores))) == []
+    assert names(look(generated(sentences(rng(), P, K), scores))) == []
     scores[P // 2] = 1.0
-    found = look(drawn(sentences(rng(), P, K), scores))
+    found = look(generated(sentences(rng(), P, K), scores))
     assert names(found) == ["equal_scores"]
     assert (found[0]["numbers"]["tied"], found[0]["numbers"]["prompts"]) == (P // 2 + 1, P)
 
 
 def test_one_candidate_a_prompt_is_no_alarm_for_there_was_nothing_to_rank_by_design() -> None:
-    assert look(drawn(sentences(rng(), P, 1), np.zeros((P, 1)))) == []
+    assert look(generated(sentences(rng(), P, 1), np.zeros((P, 1)))) == []
 
 
 def test_a_policy_that_says_one_thing_is_an_alarm_by_its_held_out_completions() -> None:
-    samples = drawn(sentences(rng(), P, K))
-    held_out = judged(np.zeros((P, K)), np.zeros((P, K))).drop_columns("held_out")
+    samples = generated(sentences(rng(), P, K))
+    held_out = evaluated(np.zeros((P, K)), np.zeros((P, K))).drop_columns("held_out")
     held_out = held_out.append_column("content", pa.array(np.repeat(np.arange(P), K)))
     evidence = MonitorInput(1, samples, {}, held_out, [], "", None)
     examination = RoundMonitor(GuardsConfig())
@@ -475,6 +475,6 @@ def test_without_a_budget_a_kl_is_an_alarm_beyond_what_selection_teaches_and_a_n
     nats: float, tokens: int, rounds: int, raised: bool
 ) -> None:
     ratio = np.full((P, K), nats)
-    held_out = judged(ratio, ratio, log_ratio=ratio).append_column("length", pa.array([float(tokens)] * (P * K)))
+    held_out = evaluated(ratio, ratio, log_ratio=ratio).append_column("length", pa.array([float(tokens)] * (P * K)))
     samples = pa.table({"prompt_id": np.repeat(np.arange(P), 8)})
     assert (alarms.kl_beyond_budget(data(samples, held_out=held_out, round_=rounds)) is not None) is raised

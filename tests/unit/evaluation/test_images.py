@@ -27,7 +27,7 @@ from raftune.evaluation.metrics import ValidityMetrics
 from raftune.rewards.builtin import colour
 
 
-def picture(colour_: Any, size: tuple[int, int] = (32, 32)) -> Image.Image:
+def plain_image(colour_: Any, size: tuple[int, int] = (32, 32)) -> Image.Image:
     return Image.new("RGB", size, colour_)
 
 
@@ -78,7 +78,7 @@ def samples(groups: dict[str, list[Image.Image | None]], **columns: Any) -> pa.T
 def test_a_plain_image_has_the_numbers_of_its_colour(
     colours: Any, brightness: float, saturation: float, contrast: float, burnt: float
 ) -> None:
-    found = look_of(picture(colours))
+    found = look_of(plain_image(colours))
     expected = {
         "brightness": brightness,
         "saturation": saturation,
@@ -89,7 +89,7 @@ def test_a_plain_image_has_the_numbers_of_its_colour(
 
 
 def test_half_black_half_white_has_the_largest_contrast() -> None:
-    image = picture((0, 0, 0))
+    image = plain_image((0, 0, 0))
     image.paste((255, 255, 255), (0, 0, 16, 32))
     assert look_of(image)["contrast"] == pytest.approx(0.5)
     assert look_of(image)["brightness"] == pytest.approx(0.5)
@@ -115,7 +115,7 @@ def test_what_is_looked_at_keeps_no_bytes_and_an_invalid_sample_has_no_looks() -
 
 def test_images_of_one_prompt_are_as_far_apart_as_their_colours() -> None:
     """Black and white are 1 apart; of black, black, white two of three pairs are."""
-    black, white = picture((0, 0, 0)), picture((255, 255, 255))
+    black, white = plain_image((0, 0, 0)), plain_image((255, 255, 255))
     found = PixelMetrics()(looked_at(samples({"a": [black, white], "b": [black, black, white], "c": [white]})))
     assert found["pixel_distance"]["mean"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-6)
     assert found["pixel_distance"]["n"] == 2  # a prompt with one image has no pair

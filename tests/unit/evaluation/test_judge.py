@@ -98,12 +98,12 @@ def test_a_verdict_in_one_order_and_a_tie_in_the_other_disagree() -> None:
 
 
 def test_a_failure_is_counted_by_its_kind_and_is_no_tie() -> None:
-    def moody(body: dict[str, Any]) -> Answer:
+    def unreliable(body: dict[str, Any]) -> Answer:
         if asked(body).startswith("name a fruit|a pear"):
             return chat("I like pears.")
         return (400, {}, b"no") if asked(body).startswith("name a town|no") else longer(body)
 
-    with serving(moody) as server:
+    with serving(unreliable) as server:
         found = judge(endpoint(server.url), PAIRS, SHORT)
     np.testing.assert_array_equal(found.outcomes, [np.nan, np.nan, 0.0])
     assert found.failures == {"nonsense": 1, "HTTP 400": 1}

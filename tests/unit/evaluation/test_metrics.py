@@ -16,7 +16,7 @@ from raftune.results.summary import cell, columns_for, ends_of, measures, row_of
 P = np.array([1, 2, 5]) / 8  # of three answers: eight samples hold each as often as it is generated on average
 
 
-def drawn(p: Any, prompts: int = 3, size: int = 8) -> pa.Table:
+def samples_of(p: Any, prompts: int = 3, size: int = 8) -> pa.Table:
     counts = np.round(np.asarray(p) * size).astype(int)
     answers = np.tile(np.repeat(np.arange(len(p)), counts), prompts)
     ids = np.repeat([f"p{i}" for i in range(prompts)], size)
@@ -24,10 +24,10 @@ def drawn(p: Any, prompts: int = 3, size: int = 8) -> pa.Table:
 
 
 def test_entropy_is_that_of_the_law_on_samples_in_its_own_proportions() -> None:
-    found = EntropyMetrics()(drawn(P))["entropy"]
+    found = EntropyMetrics()(samples_of(P))["entropy"]
     assert found["mean"] == pytest.approx(-(P * np.log(P)).sum(), rel=1e-12)
     assert found["n"] == 3
-    assert EntropyMetrics()(drawn(np.ones(4) / 4))["entropy"]["mean"] == pytest.approx(math.log(4), rel=1e-12)
+    assert EntropyMetrics()(samples_of(np.ones(4) / 4))["entropy"]["mean"] == pytest.approx(math.log(4), rel=1e-12)
 
 
 def test_entropy_is_unbiased_where_samples_are_generated() -> None:

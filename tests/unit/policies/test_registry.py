@@ -44,7 +44,7 @@ class Chatty(tiny.Dressed):
         ]
 
 
-class Wordy(tiny.Dressed):
+class WrongType(tiny.Dressed):
     """Gives a text where it declared a number."""
 
     def generate(self, chunk: Chunk) -> list[Sample]:

@@ -58,7 +58,7 @@ def test_a_small_image_that_is_damaged_is_refused_with_the_reason(damage: Any, w
         embed(damage(png(RED, BLUE, size=(4, 4))), PLACE)
 
 
-class Shelf:
+class ImageFiles:
     """Images that need no run: what an album reads from."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int) -> None:
@@ -80,7 +80,7 @@ class Shelf:
 def test_items_are_shown_while_their_images_fit_and_one_always_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shelf = Shelf(monkeypatch, tmp_path, 40)
+    shelf = ImageFiles(monkeypatch, tmp_path, 40)
     items = [[2 * number, 2 * number + 1] for number in range(20)]
     one = embed(shelf.files[0], PLACE).nbytes
     room = 7 * one
@@ -91,14 +91,14 @@ def test_items_are_shown_while_their_images_fit_and_one_always_is(
 
 
 def test_an_image_that_the_page_shows_already_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shelf = Shelf(monkeypatch, tmp_path, 4)
+    shelf = ImageFiles(monkeypatch, tmp_path, 4)
     assert shelf.up_to([[0], [1]], 10**6) == [[0], [1]]
     assert shelf.up_to([[2], [0], [1], [3]], embed(shelf.files[2], PLACE).nbytes + 10) == [[2], [0], [1]]
     assert len(shelf.asked) == len(set(shelf.asked))
 
 
 def test_what_a_page_had_at_hand_is_not_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shelf = Shelf(monkeypatch, tmp_path, 6)
+    shelf = ImageFiles(monkeypatch, tmp_path, 6)
     shelf.up_to([[0], [1]], 10**6)
     shelf.album.keep()
     again = ImageSet(shelf.album.reader, shelf.album.made)

@@ -28,14 +28,14 @@ def test_the_starter_can_teach() -> None:
     assert teacher.model == str(text.policy_path())
 
 
-def pictures(**sections: Any) -> dict[str, Any]:
+def image_config(**sections: Any) -> dict[str, Any]:
     base = {"policy": {"family": "diffusion", "model": "starter"}, "data": {"prompts": "starter"}}
     return base | {"rewards": {"reward_funcs": ["starter"]}} | sections
 
 
 def test_for_images_every_starter_is_the_image_starter() -> None:
     judged = {"prompts": "starter", "reward_funcs": ["starter:judge"], "features": "starter"}
-    config = resolve_starters(validate(pictures(evaluation=judged)))
+    config = resolve_starters(validate(image_config(evaluation=judged)))
     assert getattr(config.policy, "model", None) == str(image.policy_path())
     assert config.rewards.reward_funcs[0].spec == "clip_score"
     assert config.rewards.reward_funcs[0].options["model"] == str(image.reward_path())
@@ -44,7 +44,7 @@ def test_for_images_every_starter_is_the_image_starter() -> None:
 
 
 def test_the_flow_matching_policy_has_a_word_of_its_own() -> None:
-    config = resolve_starters(validate(pictures(policy={"family": "diffusion", "model": "starter:flow"})))
+    config = resolve_starters(validate(image_config(policy={"family": "diffusion", "model": "starter:flow"})))
     assert getattr(config.policy, "model", None) == str(image.flow_path())
 
 

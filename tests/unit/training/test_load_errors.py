@@ -16,8 +16,8 @@ from raftune.errors import ModelError, RewardError
 from raftune.policies.causal_lm import CausalLM
 from raftune.rewards.builtin.classifier import ClassifierReward
 from raftune.training.quiet import quiet
-from tests.builders import VOCABULARY, parts, save_tiny, tiny_llama, tiny_tokenizer, unit_of, write_rows
-from tests.unit.policies.causal_lm.fits import some_rows, tuned
+from tests.builders import VOCABULARY, chunk_of, parts, save_tiny, tiny_llama, tiny_tokenizer, write_rows
+from tests.unit.policies.causal_lm.fits import some_rows, trained
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +107,10 @@ def test_lora_on_all_linear_layers_leaves_out_routers_that_return_tuples(tmp_pat
         PhimoeForCausalLM(PhimoeConfig(**sizes, **more, **ids)).save_pretrained(tmp_path / "model")
         tiny_tokenizer().save_pretrained(tmp_path / "model")
     config = parts(tmp_path / "model", lora=True)
-    out, _ = tuned(config, tmp_path, write_rows(tmp_path / "rows.parquet", some_rows(4)))
+    out, _ = trained(config, tmp_path, write_rows(tmp_path / "rows.parquet", some_rows(4)))
     assert any("router" in name for name in json.loads((out / "adapter_config.json").read_text())["exclude_modules"])
     policy = CausalLM.load(config, out, tmp_path / "round-0000" / "model")
-    assert len(policy.generate(unit_of(("so",)))) == 4
+    assert len(policy.generate(chunk_of(("so",)))) == 4
 
 
 def test_a_lora_reward_model_is_refused_with_how_to_merge_it(base: Path, tmp_path: Path) -> None:

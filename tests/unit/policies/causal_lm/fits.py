@@ -26,18 +26,18 @@ def model_folders(root: Path) -> dict[str, Path]:
     return {arch: save_tiny(root / arch, arch) for arch in ("llama", "gpt2", "qwen2")}
 
 
-def begun(config: Parts, root: Path) -> Path:
+def start_of(config: Parts, root: Path) -> Path:
     """The start folder of a run under `root`."""
     start = root / "round-0000" / "model"
     CausalLM.start(config, start)
     return start
 
 
-def tuned(config: Parts, root: Path, rows: Path, name: str = "round-0001", callbacks: Any = ()) -> tuple[Path, Any]:
+def trained(config: Parts, root: Path, rows: Path, name: str = "round-0001", callbacks: Any = ()) -> tuple[Path, Any]:
     """The model folder after one round from the start, and the report."""
     start = root / "round-0000" / "model"
     if not start.exists():
-        begun(config, root)
+        start_of(config, root)
     out = root / name / "model"
     report = CausalLM.load(config, start, start).train(rows, root / name / "train", out, callbacks)
     return out, report

@@ -24,7 +24,7 @@ from raftune.store import interruption, partial
 from raftune.training import fit
 from raftune.training.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies
 from tests.builders import Parts, parts, tree_hash, write_rows
-from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
+from tests.unit.policies.causal_lm.fits import model_folders, some_rows, trained
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_interrupted_at_every_checkpoint_the_model_is_the_same_bit_for_bit(
     """Two epochs of three steps; GPT-2 has dropout, so random states matter too."""
     config = parts(folders[arch], lora=lora, gradient_accumulation_steps=1)
     rows = write_rows(tmp_path / "r.parquet", some_rows())
-    whole, report = tuned(config, tmp_path / "whole", rows)
+    whole, report = trained(config, tmp_path / "whole", rows)
     assert report.steps == 6
     for step in range(1, 6):
         root = tmp_path / f"killed-{step}"
         with pytest.raises(Killed):
-            tuned(config, root, rows, callbacks=[KillAfter(step)])
+            trained(config, root, rows, callbacks=[KillAfter(step)])
         assert not (root / "round-0001" / "model").exists()
-        again, resumed = tuned(config, root, rows)
+        again, resumed = trained(config, root, rows)
         assert tree_hash(again) == tree_hash(whole), step
         assert resumed == report
 
@@ -73,11 +73,11 @@ def test_interrupted_at_every_checkpoint_the_model_is_the_same_bit_for_bit(
 def test_interrupted_again_and_again_under_accumulation_the_model_is_the_same(folders: Any, tmp_path: Path) -> None:
     config = parts(folders["gpt2"], per_device_train_batch_size=2, gradient_accumulation_steps=2)
     rows = write_rows(tmp_path / "r.parquet", some_rows())
-    whole, report = tuned(config, tmp_path / "whole", rows)
+    whole, report = trained(config, tmp_path / "whole", rows)
     for step in range(1, report.steps):
         with pytest.raises(Killed):
-            tuned(config, tmp_path / "killed", rows, callbacks=[KillAfter(step)])
-    assert tree_hash(tuned(config, tmp_path / "killed", rows)[0]) == tree_hash(whole)
+            trained(config, tmp_path / "killed", rows, callbacks=[KillAfter(step)])
+    assert tree_hash(trained(config, tmp_path / "killed", rows)[0]) == tree_hash(whole)
 
 
 def _missing(path: Path) -> None:
@@ -100,9 +100,9 @@ def killed(folders: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Part
     root = tmp_path_factory.mktemp("killed")
     config = parts(folders["gpt2"])
     rows = write_rows(root / "r.parquet", some_rows())
-    whole = tree_hash(tuned(config, root / "whole", rows)[0])
+    whole = tree_hash(trained(config, root / "whole", rows)[0])
     with pytest.raises(Killed):
-        tuned(config, root / "run", rows, callbacks=[KillAfter(3)])
+        trained(config, root / "run", rows, callbacks=[KillAfter(3)])
     return config, root / "run", rows, whole
 
 
@@ -129,15 +129,15 @@ def test_without_one_good_checkpoint_the_fit_starts_anew_to_the_same_end(killed:
     work = tmp_path / "run" / "round-0001" / "train"
     for folder in work.glob("checkpoint-*"):
         _flipped(folder / "optimizer.pt")
-    assert tree_hash(tuned(config, tmp_path / "run", rows)[0]) == whole
+    assert tree_hash(trained(config, tmp_path / "run", rows)[0]) == whole
 
 
 def test_a_checkpoint_of_other_rows_is_not_continued_from(killed: Any, tmp_path: Path) -> None:
     config, run, _, _ = killed
     shutil.copytree(run, tmp_path / "run")
     other = write_rows(tmp_path / "other.parquet", some_rows(9))
-    clean = tree_hash(tuned(config, tmp_path / "clean", other)[0])
-    assert tree_hash(tuned(config, tmp_path / "run", other)[0]) == clean
+    clean = tree_hash(trained(config, tmp_path / "clean", other)[0])
+    assert tree_hash(trained(config, tmp_path / "run", other)[0]) == clean
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_enough(killed: Any, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_file_that_the_manifest_does_not_name_is_not_enough(killed: Any, tmp_p
 
 def test_no_checkpoint_is_written_where_the_model_itself_follows(folders: Any, tmp_path: Path) -> None:
     config = parts(folders["llama"], save_steps=2)
-    tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+    trained(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     saved = [path.name for path in (tmp_path / "round-0001" / "train").iterdir()]
     assert sorted(saved) == ["checkpoint-2", "checkpoint-4"]
 
@@ -175,24 +175,24 @@ def test_checkpoints_are_taken_by_time_and_when_they_were_taken_leaves_no_trace(
     folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, rows = parts(folders["gpt2"], save_steps=None), write_rows(tmp_path / "r.parquet", some_rows())
-    whole, report = tuned(config, tmp_path / "whole", rows)
+    whole, report = trained(config, tmp_path / "whole", rows)
     assert not list((tmp_path / "whole" / "round-0001" / "train").glob("checkpoint-*"))
     monkeypatch.setattr(partial, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(partial, "SHARE", 1e9)
     with pytest.raises(Killed):
-        tuned(config, tmp_path / "killed", rows, callbacks=[KillAfter(3)])
-    again, resumed = tuned(config, tmp_path / "killed", rows)
+        trained(config, tmp_path / "killed", rows, callbacks=[KillAfter(3)])
+    again, resumed = trained(config, tmp_path / "killed", rows)
     assert tree_hash(again) == tree_hash(whole) and resumed == report
 
 
 def test_training_that_is_interrupted_keeps_its_current_step(folders: Any, tmp_path: Path) -> None:
     config, rows = parts(folders["gpt2"], save_steps=None), write_rows(tmp_path / "r.parquet", some_rows())
-    whole = tree_hash(tuned(config, tmp_path / "whole", rows)[0])
+    whole = tree_hash(trained(config, tmp_path / "whole", rows)[0])
     with pytest.raises(KeyboardInterrupt):
-        tuned(config, tmp_path / "stopped", rows, callbacks=[AskToStop(4)])
+        trained(config, tmp_path / "stopped", rows, callbacks=[AskToStop(4)])
     interruption.forget()
     assert [path.name for path in (tmp_path / "stopped" / "round-0001" / "train").iterdir()] == ["checkpoint-4"]
-    assert tree_hash(tuned(config, tmp_path / "stopped", rows)[0]) == whole
+    assert tree_hash(trained(config, tmp_path / "stopped", rows)[0]) == whole
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_training_that_is_interrupted_keeps_its_current_step(folders: Any, tmp_p
 def test_a_rate_that_blows_up_publishes_nothing(folders: Any, tmp_path: Path) -> None:
     config = parts(folders["llama"], learning_rate=1e38, num_train_epochs=8)
     with pytest.raises(ModelError, match=r"must be finite.*lower training\.learning_rate"):
-        tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+        trained(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert not (tmp_path / "round-0001" / "model").exists()
     manifests = list((tmp_path / "round-0001" / "train").glob(f"*/{MANIFEST}"))
     weights = [fit.load_file(path.parent / fit.WEIGHTS) for path in manifests]
@@ -215,17 +215,19 @@ def test_a_gradient_that_is_not_finite_stops_the_step(folders: Any, tmp_path: Pa
 
     monkeypatch.setattr(sft_loss, "loss_of", lambda objective, name: broken)
     with pytest.raises(ModelError, match="The gradient of step 1 must be finite; got nan"):
-        tuned(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+        trained(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
 
 
 def test_a_weight_that_is_not_finite_is_named_before_anything_is_written(folders: Any, tmp_path: Path) -> None:
-    class Spoil(TrainerCallback):
+    class Corrupt(TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             with torch.no_grad():
                 model.lm_head.weight[5, 5] = math.inf  # a row that no text needs
 
     with pytest.raises(ModelError, match=r"an infinity in lm_head\.weight"):
-        tuned(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()), callbacks=[Spoil()])
+        trained(
+            parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()), callbacks=[Corrupt()]
+        )
     assert not (tmp_path / "round-0001" / "model").exists()
 
 
@@ -262,9 +264,9 @@ def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step(
     folders: Any, tmp_path: Path, monkeypatch: Any, error: Exception
 ) -> None:
     rows = write_rows(tmp_path / "r.parquet", some_rows())
-    wanted = tuned(parts(folders["llama"], per_device_train_batch_size=8), tmp_path / "free", rows)[1]
+    wanted = trained(parts(folders["llama"], per_device_train_batch_size=8), tmp_path / "free", rows)[1]
     limit_memory(monkeypatch, 2, error)
-    found = tuned(parts(folders["llama"], per_device_train_batch_size=8), tmp_path / "tight", rows)[1]
+    found = trained(parts(folders["llama"], per_device_train_batch_size=8), tmp_path / "tight", rows)[1]
     assert found.details["micro_batch"] == 2
     assert found.details["gradient_accumulation_steps"] == 4
     assert found.details["out_of_memory_at"] == [8, 4]
@@ -276,11 +278,11 @@ def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step(
 def test_a_fit_that_had_to_halve_resumes_in_the_smaller_batches(folders: Any, tmp_path: Path, monkeypatch: Any) -> None:
     rows = write_rows(tmp_path / "r.parquet", some_rows())
     tried = limit_memory(monkeypatch, 2, torch.OutOfMemoryError())
-    whole, report = tuned(parts(folders["gpt2"]), tmp_path / "whole", rows)
+    whole, report = trained(parts(folders["gpt2"]), tmp_path / "whole", rows)
     with pytest.raises(Killed):
-        tuned(parts(folders["gpt2"]), tmp_path / "run", rows, callbacks=[KillAfter(3)])
+        trained(parts(folders["gpt2"]), tmp_path / "run", rows, callbacks=[KillAfter(3)])
     tried.clear()
-    again, resumed = tuned(parts(folders["gpt2"]), tmp_path / "run", rows)
+    again, resumed = trained(parts(folders["gpt2"]), tmp_path / "run", rows)
     assert max(tried) == 2
     assert tree_hash(again) == tree_hash(whole)
     assert resumed == report
@@ -290,7 +292,7 @@ def test_a_fit_that_had_to_halve_resumes_in_the_smaller_batches(folders: Any, tm
 def test_where_one_row_does_not_fit_the_error_says_what_helps(folders: Any, tmp_path: Path, monkeypatch: Any) -> None:
     limit_memory(monkeypatch, 0, torch.OutOfMemoryError())
     with pytest.raises(OutOfMemory, match=r"training\.gradient_checkpointing") as caught:
-        tuned(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+        trained(parts(folders["llama"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert caught.value.batch_size == 1
 
 
@@ -306,7 +308,7 @@ def test_a_fit_leaves_no_model_behind_without_a_collection(folders: Any, tmp_pat
     gc.disable()
     try:
         for lora in (False, True):
-            tuned(parts(folders["llama"], lora=lora), tmp_path / str(lora), rows)
+            trained(parts(folders["llama"], lora=lora), tmp_path / str(lora), rows)
         assert [weight() for weight in left] == [None, None]
     finally:
         gc.enable()
@@ -329,7 +331,7 @@ def test_what_the_trainer_refuses_is_an_error_of_the_configuration(folders: Any,
     rows = write_rows(tmp_path / "r.parquet", some_rows())
     for field in ("optim", "lr_scheduler_type"):
         with pytest.raises(ConfigError, match=r"must be what transformers' Trainer takes.*nothing.? is not a valid"):
-            tuned(parts(folders["llama"], **{field: "nothing"}), tmp_path / field, rows)
+            trained(parts(folders["llama"], **{field: "nothing"}), tmp_path / field, rows)
     with pytest.raises(ValueError, match="got 'num_workers'"):
         TrainingConfig(trainer_kwargs={"num_workers": 1})
 
@@ -344,11 +346,11 @@ def test_carried_two_rounds_are_one_longer_fit_where_the_rate_is_constant(
     """One row, so that the order says nothing: two rounds of three steps against six steps in one."""
     rows = write_rows(tmp_path / "r.parquet", some_rows(1))
     same = {"optim": optim, "lr_scheduler_type": "constant", "save_steps": 100, "learning_rate": 1e-2}
-    once, _ = tuned(parts(folders["llama"], num_train_epochs=6, **same), tmp_path / "once", rows)
+    once, _ = trained(parts(folders["llama"], num_train_epochs=6, **same), tmp_path / "once", rows)
     models = {}
     for state in ("carried", "fresh"):
         config = parts(folders["llama"], num_train_epochs=3, optimizer_state=state, **same)
-        first, _ = tuned(config, tmp_path / state, rows)
+        first, _ = trained(config, tmp_path / state, rows)
         start, out = tmp_path / state / "round-0000" / "model", tmp_path / state / "round-0002" / "model"
         CausalLM.load(config, first, start).train(rows, tmp_path / state / "work", out)
         assert (out / OPTIMIZER).exists() == (state == "carried" and optim != "sgd")
@@ -361,7 +363,7 @@ def test_carried_two_rounds_are_one_longer_fit_where_the_rate_is_constant(
 def test_a_carried_fit_resumes_exactly(folders: Any, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "r.parquet", some_rows())
     config = parts(folders["gpt2"], optimizer_state="carried")
-    first, _ = tuned(config, tmp_path, rows)
+    first, _ = trained(config, tmp_path, rows)
     policy = CausalLM.load(config, first, tmp_path / "round-0000" / "model")
     policy.train(rows, tmp_path / "w1", tmp_path / "whole")
     with pytest.raises(Killed):

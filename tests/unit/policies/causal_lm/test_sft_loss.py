@@ -21,7 +21,7 @@ from raftune.policies.causal_lm.sft_loss import LearnedLM, TrainingRow, batch_of
 from raftune.training.fit import POOL, LengthGroupedSampler, grouped_order
 from raftune.training.objectives import Sft, coefficients
 from tests.builders import EOS, PAD, Parts, parts, tiny_model, tiny_tokenizer, tree_hash, write_rows
-from tests.unit.policies.causal_lm.fits import model_folders, some_rows, tuned
+from tests.unit.policies.causal_lm.fits import model_folders, some_rows, trained
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_the_generation_prefix_is_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_fit_makes_its_rows_likelier_eos_included(folders: Any, tmp_path: Path, arch: str, lora: bool) -> None:
     config = parts(folders[arch], lora=lora, num_train_epochs=6, learning_rate=2e-2)
-    out, report = tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+    out, report = trained(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert report.rows == 10
     assert report.steps == len(report.losses) == 18
     assert np.mean(report.losses[-3:]) < 0.8 * np.mean(report.losses[:3])
@@ -283,7 +283,7 @@ def test_accumulation_is_the_larger_batch_to_rounding(folders: Any, tmp_path: Pa
     models = []
     for i, size in enumerate(sizes):
         config = parts(folders["llama"], **plain, **size)
-        out, report = tuned(config, tmp_path / str(i), rows)
+        out, report = trained(config, tmp_path / str(i), rows)
         assert report.steps == 1
         models.append((CausalLM.load(config, out, out).model, report.losses))
     moved = [torch.cat([w.detach().flatten() for w in model.parameters()]) for model, _ in models]
@@ -294,7 +294,7 @@ def test_accumulation_is_the_larger_batch_to_rounding(folders: Any, tmp_path: Pa
 def test_the_reported_loss_is_nats_per_token_of_the_step(folders: Any, tmp_path: Path) -> None:
     rows = some_rows(4)
     config = parts(folders["llama"], num_train_epochs=1)
-    _, report = tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", rows))
+    _, report = trained(config, tmp_path, write_rows(tmp_path / "r.parquet", rows))
     start = tmp_path / "round-0000" / "model"
     policy = CausalLM.load(config, start, start)
     nll = 0.0
@@ -322,7 +322,7 @@ def test_the_model_of_the_fit_and_the_one_read_back_agree_bit_for_bit(
     write_model = module.write_model
     monkeypatch.setattr(module, "write_model", keep)
     config = parts(folders["gpt2"])
-    out, _ = tuned(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+    out, _ = trained(config, tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     again = CausalLM.load(config, out, tmp_path / "round-0000" / "model").model
     assert again is not kept["model"]
     ids = torch.arange(3, 20)[None]
@@ -337,12 +337,12 @@ def test_global_random_states_are_left_as_they_were(folders: Any, tmp_path: Path
     wanted = (torch.rand(1).item(), np.random.rand())
     torch.manual_seed(5)
     np.random.seed(5)
-    tuned(parts(folders["gpt2"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+    trained(parts(folders["gpt2"]), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     assert (torch.rand(1).item(), np.random.rand()) == wanted
 
 
 def test_a_fit_says_nothing_on_stdout_or_stderr(folders: Any, tmp_path: Path, capfd: Any) -> None:
-    tuned(parts(folders["llama"], lora=True), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
+    trained(parts(folders["llama"], lora=True), tmp_path, write_rows(tmp_path / "r.parquet", some_rows()))
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
 
@@ -352,7 +352,7 @@ def test_another_round_has_another_order_and_the_same_round_the_same_bytes(folde
     trees = []
     for name, round_ in (("a", 1), ("b", 1), ("c", 2)):
         rows = write_rows(tmp_path / f"{name}.parquet", some_rows(), round_)
-        trees.append(tree_hash(tuned(config, tmp_path / name, rows)[0]))
+        trees.append(tree_hash(trained(config, tmp_path / name, rows)[0]))
     assert trees[0] == trees[1]
     assert trees[0]["model.safetensors"] != trees[2]["model.safetensors"]
 
@@ -363,13 +363,13 @@ def test_gradient_checkpointing_and_bfloat16_arithmetic_take_effect_and_leave_fl
 ) -> None:
     rows = write_rows(tmp_path / "r.parquet", some_rows())
     plain, less = (
-        tuned(parts(folders["llama"], lora=True, gradient_checkpointing=c), tmp_path / str(c), rows)[1].losses
+        trained(parts(folders["llama"], lora=True, gradient_checkpointing=c), tmp_path / str(c), rows)[1].losses
         for c in (False, True)
     )
     np.testing.assert_allclose(plain, less, atol=1e-5)
     config = parts(folders["llama"], bf16=True)
-    out, half = tuned(config, tmp_path / "bf16", rows)
-    full = tuned(parts(folders["llama"]), tmp_path / "full", rows)[1]
+    out, half = trained(config, tmp_path / "bf16", rows)
+    full = trained(parts(folders["llama"]), tmp_path / "full", rows)[1]
     assert half.losses[0] != full.losses[0]
     assert half.losses[0] == pytest.approx(full.losses[0], rel=0.02)
     assert CausalLM.load(config, out, out).model.dtype == torch.float32

@@ -15,7 +15,7 @@ from raftune.policies.causal_lm import CausalLM
 from raftune.policies.causal_lm.loading import fresh_adapter, merged
 from raftune.training.quiet import quiet
 from tests.builders import parts, save_tiny, tiny_model, tiny_tokenizer, write_rows
-from tests.unit.policies.causal_lm.fits import some_rows, tuned
+from tests.unit.policies.causal_lm.fits import some_rows, trained
 
 IDS = torch.arange(3, 30)[None]
 EMBEDDINGS = {"gpt2": "wte", "qwen2": "embed_tokens"}
@@ -89,7 +89,7 @@ def test_what_generates_what_plain_peft_loads_and_what_was_trained_are_one_funct
         update={"target_modules": tuple(targets), "modules_to_save": tuple(saved)}
     )
     config = parts(config.policy.model, adapter=adapter, learning_rate=0.1)
-    out, _ = tuned(config, tmp_path, write_rows(tmp_path / "rows.parquet", some_rows()))
+    out, _ = trained(config, tmp_path, write_rows(tmp_path / "rows.parquet", some_rows()))
     policy = CausalLM.load(config, out, tmp_path / "round-0000" / "model")
     policy.export(tmp_path / "export")
     with quiet():  # peft warns of tied layers, which is what this is about

@@ -80,7 +80,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], round_: int = 1) -
     return path
 
 
-def begun(config: Parts, root: Path) -> Path:
+def start_of(config: Parts, root: Path) -> Path:
     """The start folder of a run under `root`."""
     start = root / "round-0000" / "model"
     if not start.exists():
@@ -88,9 +88,9 @@ def begun(config: Parts, root: Path) -> Path:
     return start
 
 
-def tuned(config: Parts, root: Path, rows: Path, callbacks: Any = (), name: str = "round-0001") -> tuple[Path, Any]:
+def trained(config: Parts, root: Path, rows: Path, callbacks: Any = (), name: str = "round-0001") -> tuple[Path, Any]:
     """The model folder after one round from the start, and the report."""
-    start, out = begun(config, root), root / name / "model"
+    start, out = start_of(config, root), root / name / "model"
     report = Diffusion.load(config, start, start).train(rows, root / name / "train", out, callbacks)
     return out, report
 

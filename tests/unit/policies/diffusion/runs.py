@@ -10,7 +10,7 @@ from raftune.config.sampling import DiffusionSampling
 from raftune.policies.diffusion import Diffusion
 from raftune.protocols import Chunk
 from raftune.records import Prompt, Sample
-from tests.unit.policies.diffusion.fits import Parts, begun, parts
+from tests.unit.policies.diffusion.fits import Parts, parts, start_of
 
 TEXTS = ("a red circle", "a blue square", "the green circle on black")
 
@@ -23,7 +23,7 @@ def calling(config: Parts, **options: Any) -> Parts:
 def policy(model: Path, root: Path, kind: str = "sd", **options: Any) -> Diffusion:
     """The start's policy of a run under `root`, called with these options (two steps, unguided, unless told)."""
     config = calling(parts(model, kind), **{"num_inference_steps": 2, "guidance_scale": 1.0, **options})
-    start = begun(config, root)
+    start = start_of(config, root)
     return Diffusion.load(config, start, start)
 
 

@@ -23,7 +23,7 @@ from raftune.training.checkpoints import MANIFEST, REQUIRED
 from raftune.training.fit import AVERAGE
 from tests.builders import tree_hash
 from tests.pipelines import CELLS, save_tiny, tiny_pipeline
-from tests.unit.policies.diffusion.fits import begun, drawn, parts, some_rows, tuned, write_rows
+from tests.unit.policies.diffusion.fits import drawn, parts, some_rows, start_of, trained, write_rows
 
 MODEL = "unet/diffusion_pytorch_model.safetensors"
 
@@ -54,7 +54,7 @@ def test_thirty_steps_lower_the_loss_and_move_samples_towards_the_kept_image(sd_
         tmp_path / "r.parquet", [{"prompt": p, **columns_of(wanted)} for p in ("a circle", "a square")] * 2
     )
     config = parts(sd_v, num_train_epochs=30, noise_levels=4, save_steps=100, condition_dropout=0.0, learning_rate=2e-2)
-    out, report = tuned(config, tmp_path, rows)
+    out, report = trained(config, tmp_path, rows)
     assert report.steps == 30
     assert np.mean(report.losses[-5:]) < 0.9 * report.losses[0]
     details = report.details
@@ -78,7 +78,7 @@ def test_a_row_of_weight_nothing_is_as_good_as_absent(sd: Path, tmp_path: Path) 
     config = parts(sd, num_train_epochs=1)
     hashes = []
     for name, found in (("few", few), ("more", more)):
-        out, _ = tuned(config, tmp_path / name, write_rows(tmp_path / f"{name}.parquet", found))
+        out, _ = trained(config, tmp_path / name, write_rows(tmp_path / f"{name}.parquet", found))
         hashes.append(tree_hash(out)[MODEL])
     assert hashes[0] == hashes[1]
 
@@ -92,7 +92,7 @@ def test_every_option_of_the_denoising_loss_changes_what_is_learned(sd: Path, tm
         {"level_sampling": "logit_normal"},
     ]
     options += [{"min_snr_gamma": 1.0}, {"condition_dropout": 0.9}, {"ema_decay": 0.9}]
-    found = [tuned(parts(sd, num_train_epochs=1, **one), tmp_path / str(i), rows)[0] for i, one in enumerate(options)]
+    found = [trained(parts(sd, num_train_epochs=1, **one), tmp_path / str(i), rows)[0] for i, one in enumerate(options)]
     assert len({tree_hash(out)[MODEL] for out in found}) == len(options)
 
 
@@ -103,7 +103,7 @@ def test_the_evidence_says_what_was_learned_and_how_far_the_denoiser_moved(
     """A LoRA is switched off for it, a whole denoiser is compared with the start that is read again: both see it."""
     starts = []
     for lora in (False, True):
-        _, report = tuned(parts(sd, lora=lora, noise_levels=2), tmp_path / str(lora), rows)
+        _, report = trained(parts(sd, lora=lora, noise_levels=2), tmp_path / str(lora), rows)
         details = report.details
         assert (details["noise_levels"], details["prompts"], details["probed"]) == (2, 4, 6)
         assert len(details["loss_by_quarter"]) == len(details["drift_by_quarter"]) == 4
@@ -114,7 +114,7 @@ def test_the_evidence_says_what_was_learned_and_how_far_the_denoiser_moved(
 
 
 def test_a_fit_that_learns_nothing_has_not_moved(sd: Path, tmp_path: Path, rows: Path) -> None:
-    _, report = tuned(parts(sd, learning_rate=1e-30, num_train_epochs=1), tmp_path, rows)
+    _, report = trained(parts(sd, learning_rate=1e-30, num_train_epochs=1), tmp_path, rows)
     assert report.details["drift"] == 0
     assert report.details["loss_by_quarter"] == report.details["start_loss_by_quarter"]
 
@@ -149,14 +149,14 @@ def test_interrupted_at_every_checkpoint_the_model_is_the_same_bit_for_bit(
     sd: Path, tmp_path: Path, rows: Path, lora: bool, options: dict[str, Any]
 ) -> None:
     config = parts(sd, lora=lora, **options)
-    whole, report = tuned(config, tmp_path / "whole", rows)
+    whole, report = trained(config, tmp_path / "whole", rows)
     assert report.steps == 4
     root = tmp_path / "killed"
     for step in range(1, report.steps):  # again and again: each goes on from where the last one ended
         with pytest.raises(Killed):
-            tuned(config, root, rows, callbacks=[KillAfter(step)])
+            trained(config, root, rows, callbacks=[KillAfter(step)])
         assert not (root / "round-0001" / "model").exists()
-    again, resumed = tuned(config, root, rows)
+    again, resumed = trained(config, root, rows)
     assert tree_hash(again) == tree_hash(whole)
     assert resumed == report
 
@@ -166,18 +166,18 @@ def test_a_lora_with_dropout_resumes_exactly_too(sd: Path, tmp_path: Path, rows:
     from raftune.config.policy import AdapterConfig
 
     config = parts(sd, lora=AdapterConfig(r=2, dropout=0.5))
-    whole, _ = tuned(config, tmp_path / "whole", rows)
+    whole, _ = trained(config, tmp_path / "whole", rows)
     with pytest.raises(Killed):
-        tuned(config, tmp_path / "killed", rows, callbacks=[KillAfter(2)])
-    assert tree_hash(tuned(config, tmp_path / "killed", rows)[0]) == tree_hash(whole)
+        trained(config, tmp_path / "killed", rows, callbacks=[KillAfter(2)])
+    assert tree_hash(trained(config, tmp_path / "killed", rows)[0]) == tree_hash(whole)
 
 
 @pytest.mark.slow
 def test_a_damaged_average_is_noticed_like_any_other_file_of_a_checkpoint(sd: Path, tmp_path: Path, rows: Path) -> None:
     config = parts(sd, ema_decay=0.9)
-    whole, _ = tuned(config, tmp_path / "whole", rows)
+    whole, _ = trained(config, tmp_path / "whole", rows)
     with pytest.raises(Killed):
-        tuned(config, tmp_path / "run", rows, callbacks=[KillAfter(2)])
+        trained(config, tmp_path / "run", rows, callbacks=[KillAfter(2)])
     work = tmp_path / "run" / "round-0001" / "train"
     named = json.loads((work / "checkpoint-2" / MANIFEST).read_text())["files"]
     assert {*REQUIRED, AVERAGE} <= set(named)
@@ -210,7 +210,7 @@ def test_the_published_model_is_the_average_of_the_weights_after_each_step(
     sd: Path, tmp_path: Path, rows: Path
 ) -> None:
     seen = Steps()
-    out, _ = tuned(parts(sd, ema_decay=0.3), tmp_path, rows, callbacks=[seen])
+    out, _ = trained(parts(sd, ema_decay=0.3), tmp_path, rows, callbacks=[seen])
     assert len(seen.weights) == 4
     published = load_file(out / MODEL)
     for name, last in seen.weights[-1].items():
@@ -234,7 +234,7 @@ def test_the_next_round_goes_on_from_the_last_one_and_carries_its_moments(sd: Pa
     """
     rows = write_rows(tmp_path / "r.parquet", some_rows(count=2))
     config = parts(sd, lora=lora, num_train_epochs=3, optimizer_state="carried", lr_scheduler_type="constant")
-    first, _ = tuned(config, tmp_path, rows)
+    first, _ = trained(config, tmp_path, rows)
     start, work = tmp_path / "round-0000" / "model", tmp_path / "work"
     assert (first / OPTIMIZER).is_file()
     second = tmp_path / "round-0002" / "model"
@@ -272,9 +272,9 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 def test_a_full_memory_halves_the_micro_batch_and_keeps_the_step_and_its_noise(
     sd: Path, tmp_path: Path, rows: Path, monkeypatch: Any
 ) -> None:
-    wanted = tuned(parts(sd, ema_decay=0.5), tmp_path / "free", rows)[1]
+    wanted = trained(parts(sd, ema_decay=0.5), tmp_path / "free", rows)[1]
     limit_memory(monkeypatch, 2)
-    found = tuned(parts(sd, ema_decay=0.5), tmp_path / "tight", rows)[1]
+    found = trained(parts(sd, ema_decay=0.5), tmp_path / "tight", rows)[1]
     assert (found.details["micro_batch"], found.details["out_of_memory_at"]) == (2, [4])
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-3)
 
@@ -285,12 +285,12 @@ def test_where_one_image_does_not_fit_the_error_says_what_helps(
 ) -> None:
     limit_memory(monkeypatch, 0)
     with pytest.raises(OutOfMemory, match=r"one image does not fit.*noise_levels: 1"):
-        tuned(parts(sd), tmp_path, rows)
+        trained(parts(sd), tmp_path, rows)
 
 
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_the_memory_and_not_the_model(sd: Path, tmp_path: Path, rows: Path) -> None:
-    found = [tuned(parts(sd, gradient_checkpointing=one), tmp_path / str(one), rows) for one in (False, True)]
+    found = [trained(parts(sd, gradient_checkpointing=one), tmp_path / str(one), rows) for one in (False, True)]
     weights = [load_file(out / MODEL) for out, _ in found]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
@@ -303,7 +303,7 @@ def test_gradient_checkpointing_reaches_the_denoiser(sd: Path, tmp_path: Path, r
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             seen.append(bool(model.denoiser.is_gradient_checkpointing))
 
-    tuned(parts(sd, gradient_checkpointing=True, num_train_epochs=1), tmp_path, rows, callbacks=[Look()])
+    trained(parts(sd, gradient_checkpointing=True, num_train_epochs=1), tmp_path, rows, callbacks=[Look()])
     assert seen == [True, True]
 
 
@@ -313,7 +313,7 @@ def test_in_bfloat16_the_adapter_stays_float32_and_the_model_samples(sd: Path, t
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": "a circle", **columns_of(one)} for one in x0])
     for lora in (False, True):
         config = parts(sd, lora=lora, dtype="bfloat16")
-        out, report = tuned(config, tmp_path / str(lora), rows)
+        out, report = trained(config, tmp_path / str(lora), rows)
         assert np.isfinite(report.losses).all()
         file = out / ("pytorch_lora_weights.safetensors" if lora else MODEL)
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32 if lora else torch.bfloat16}
@@ -343,30 +343,30 @@ def test_a_scheduler_that_cannot_be_trained_is_refused_when_the_run_starts(
 ) -> None:
     config = parts(saved_with(scheduler, tmp_path / "pipe"))
     with pytest.raises(ModelError, match=message):
-        begun(config, tmp_path)
+        start_of(config, tmp_path)
 
 
 def test_options_that_mean_nothing_are_refused_when_the_run_starts(sd: Path, tmp_path: Path) -> None:
     flow = save_tiny("sd3", tmp_path / "sd3")
     with pytest.raises(ConfigError, match="min_snr_gamma must be left out for flow matching"):
-        begun(parts(flow, min_snr_gamma=5.0), tmp_path / "a")
+        start_of(parts(flow, min_snr_gamma=5.0), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"policy\.dtype must be float32 or bfloat16 where the whole denoiser"):
-        begun(parts(sd, dtype="float16"), tmp_path / "b")
+        start_of(parts(sd, dtype="float16"), tmp_path / "b")
     with pytest.raises(ConfigError, match="trainer_kwargs must not hold 'neftune_noise_alpha'"):
-        begun(parts(sd, trainer_kwargs={"neftune_noise_alpha": 5}), tmp_path / "c")
+        start_of(parts(sd, trainer_kwargs={"neftune_noise_alpha": 5}), tmp_path / "c")
     plain = save_tiny("ddpm", tmp_path / "ddpm")
     with pytest.raises(ConfigError, match="condition_dropout means nothing to a DDPMPipeline, which takes no prompt"):
-        begun(parts(plain, "ddpm", condition_dropout=0.2), tmp_path / "d")
+        start_of(parts(plain, "ddpm", condition_dropout=0.2), tmp_path / "d")
 
 
 def test_latents_of_another_size_are_refused_before_anything_is_fitted(sd: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": "a", **columns_of(torch.zeros(4, 6, 6))}])
     with pytest.raises(DataError, match=r"those of s0 have \(4, 6, 6\)"):
-        tuned(parts(sd), tmp_path, rows)
+        trained(parts(sd), tmp_path, rows)
     assert not (tmp_path / "round-0001" / "model").exists()
 
 
 def test_a_rate_that_blows_up_publishes_nothing(sd: Path, tmp_path: Path, rows: Path) -> None:
     with pytest.raises(ModelError, match=r"must be finite.*lower training\.learning_rate"):
-        tuned(parts(sd, learning_rate=1e38, num_train_epochs=8), tmp_path, rows)
+        trained(parts(sd, learning_rate=1e38, num_train_epochs=8), tmp_path, rows)
     assert not (tmp_path / "round-0001" / "model").exists()

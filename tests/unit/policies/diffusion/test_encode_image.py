@@ -28,7 +28,7 @@ def adopter(tmp_path_factory: pytest.TempPathFactory) -> Diffusion:
     return policy(save_tiny("sd", root / "sd"), root)
 
 
-def picture(width: int = SIZE, height: int = SIZE) -> Image.Image:
+def random_image(width: int = SIZE, height: int = SIZE) -> Image.Image:
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -36,12 +36,12 @@ def picture(width: int = SIZE, height: int = SIZE) -> Image.Image:
 def test_every_form_of_an_image_is_the_same_image(
     adopter: Diffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    png = png_of(picture())
+    png = png_of(random_image())
     (tmp_path / "one.png").write_bytes(png)
     monkeypatch.chdir(tmp_path)
     forms: list[Any] = [
         png,
-        picture(),
+        random_image(),
         "one.png",
         tmp_path / "one.png",
         {"bytes": png, "path": None},
@@ -54,25 +54,25 @@ def test_every_form_of_an_image_is_the_same_image(
 
 
 def test_latents_are_the_vae_s_scaled_and_the_same_each_time(adopter: Diffusion) -> None:
-    payload = adopter.encode_completion(PROMPT, picture(), "column:photo")
+    payload = adopter.encode_completion(PROMPT, random_image(), "column:photo")
     x0 = latents_of(payload["latents"], payload["latents_shape"], payload["latents_dtype"])
     vae = adopter.frozen.pipe.vae
-    pixels = torch.from_numpy(np.asarray(picture(), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.asarray(random_image(), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     mean, std = (part[0] * vae.config.scaling_factor for part in (posterior.mean, posterior.std))
     assert ((x0 - mean).abs() <= 6 * std).all(), "a draw from the posterior; 256 numbers beyond 6 sigma: p < 1e-6"
-    assert payload == adopter.encode_completion(PROMPT, picture(), "reference")
+    assert payload == adopter.encode_completion(PROMPT, random_image(), "reference")
 
 
 def test_reading_an_image_needs_no_denoiser(adopter: Diffusion) -> None:
     fresh = Diffusion.load(adopter.config, adopter.folder, adopter.start_folder)
-    fresh.encode_completion(PROMPT, picture(), "column:photo")
+    fresh.encode_completion(PROMPT, random_image(), "column:photo")
     assert fresh.nbytes == fresh.frozen.nbytes
 
 
 def test_transparent_images_get_a_white_background(adopter: Diffusion) -> None:
-    image = picture().convert("RGBA")
+    image = random_image().convert("RGBA")
     image.putpixel((3, 4), (0, 0, 0, 0))
     payload = adopter.encode_completion(PROMPT, image, "column:photo")
     assert image_of(payload["completion"]).getpixel((3, 4)) == (255, 255, 255)
@@ -80,7 +80,7 @@ def test_transparent_images_get_a_white_background(adopter: Diffusion) -> None:
 
 def test_a_jpeg_is_kept_as_it_decodes(adopter: Diffusion) -> None:
     buffer = io.BytesIO()
-    picture().save(buffer, format="JPEG")
+    random_image().save(buffer, format="JPEG")
     payload = adopter.encode_completion(PROMPT, buffer.getvalue(), "column:photo")
     assert payload["completion"] == png_of(image_of(buffer.getvalue()))
 
@@ -88,7 +88,10 @@ def test_a_jpeg_is_kept_as_it_decodes(adopter: Diffusion) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (picture(24, 16), r"size that the run draws, 16 x 16; the one for prompt p0 \(column:photo\) is 24 x 16. Crop"),
+        (
+            random_image(24, 16),
+            r"size that the run draws, 16 x 16; the one for prompt p0 \(column:photo\) is 24 x 16. Crop",
+        ),
         ("nowhere.png", r"must be a file that can be read; 'nowhere.png' \(looked for from .*\) is none: No such file"),
         (b"no image at all", r"the image for prompt p0 \(column:photo\): these 15 bytes are no image"),
         (3, r"must be an image: bytes of a PNG or JPEG file, a PIL image, or a path; got 3"),

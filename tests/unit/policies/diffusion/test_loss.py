@@ -158,10 +158,10 @@ def test_dropped_rows_are_asked_without_their_prompt_as_often_as_is_reported() -
     assert 477 <= asked.count(-1.0) <= 723
     kept = [(i // 4 % 500) % 3 for i, number in enumerate(asked) if number != -1.0]
     assert kept == [number for number in asked if number != -1.0]
-    assert -1.0 not in _asked_without_dropout()
+    assert -1.0 not in _requests_without_dropout()
 
 
-def _asked_without_dropout() -> list[float]:
+def _requests_without_dropout() -> list[float]:
     found = denoising(schedule_for("epsilon"), torch.zeros(1, 1, 1))
     Sft().loss(found, batch_of(rows_of(torch.zeros(500, 1, 1, 1), [1.0] * 500)))
     return found.adapter.asked  # type: ignore[attr-defined, no-any-return]

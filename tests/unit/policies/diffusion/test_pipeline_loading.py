@@ -21,7 +21,7 @@ from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.loading import load_denoiser, load_pipeline
 from raftune.policies.diffusion.model_folder import ModelRecord, fingerprint, read_record
 from tests.pipelines import save_tiny, tiny_pipeline
-from tests.unit.policies.diffusion.fits import Parts, begun, drawn, parts, some_rows, tuned, write_rows
+from tests.unit.policies.diffusion.fits import Parts, drawn, parts, some_rows, start_of, trained, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +131,16 @@ def test_an_incomplete_pipeline_folder_is_refused_with_what_it_lacks(
 ) -> None:
     damage(model)
     with pytest.raises(ModelError, match=message):
-        begun(parts(model), tmp_path)
+        start_of(parts(model), tmp_path)
 
 
 def test_an_unknown_name_says_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"got 'nobody/nothing'.*HF_HUB_OFFLINE is set") as caught:
-        begun(parts("nobody/nothing"), tmp_path / "a")
+        start_of(parts("nobody/nothing"), tmp_path / "a")
     said = str(caught.value).replace(str(Path.cwd()), "")
     assert len(said) < 260, "the hub's own page about it is left out"
     with pytest.raises(ModelError, match=r"got './nothing', and .*nothing is no folder"):
-        begun(parts("./nothing"), tmp_path / "b")
+        start_of(parts("./nothing"), tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_options_of_loading_that_cannot_be_followed_are_refused(
     given: dict[str, Any], message: str, kept: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        begun(parts(kept, pipeline_init_kwargs=given), tmp_path)
+        start_of(parts(kept, pipeline_init_kwargs=given), tmp_path)
 
 
 @pytest.mark.slow
@@ -165,16 +165,16 @@ def test_a_part_that_is_not_needed_can_be_left_out(model: Path, tmp_path: Path) 
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (model / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"lacks the folder safety_checker/ .*pipeline_init_kwargs"):
-        begun(parts(model), tmp_path / "a")
+        start_of(parts(model), tmp_path / "a")
     without = parts(model, pipeline_init_kwargs={"safety_checker": None})
-    assert drawn(without, start := begun(without, tmp_path / "b"), start)
+    assert drawn(without, start := start_of(without, tmp_path / "b"), start)
 
 
 def test_a_device_that_is_not_there_is_named(kept: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one here")
     with pytest.raises(ConfigError, match=r"policy.device must be a device of this machine; got 'cuda'"):
-        begun(parts(kept, device="cuda"), tmp_path)
+        start_of(parts(kept, device="cuda"), tmp_path)
 
 
 # -- options of other families -----------------------------------------------------------------------------------------
@@ -193,20 +193,20 @@ def test_text_options_are_refused_for_images(section: str, option: str, value: A
     config = parts(kept)
     changed = replace(config, **{section: getattr(config, section).model_copy(update={option: value})})
     with pytest.raises(ConfigError, match=f"{section}.{option} means nothing to the diffusion family"):
-        begun(changed, tmp_path)
+        start_of(changed, tmp_path)
 
 
 # -- the start ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_named_pipeline_becomes_a_reference_with_a_hash(kept: Path, tmp_path: Path) -> None:
-    start = begun(parts(kept), tmp_path)
+    start = start_of(parts(kept), tmp_path)
     assert read_record(start) == ModelRecord("reference", str(kept.resolve()), None, fingerprint(kept))
     assert [path.name for path in start.iterdir()] == ["raftune.json"]
 
 
 def test_a_pipeline_that_changes_or_goes_during_the_run_is_noticed(model: Path, tmp_path: Path) -> None:
-    start = begun(parts(model), tmp_path)
+    start = start_of(parts(model), tmp_path)
     Diffusion.verify(start)
     (model / "README.md").write_text("said about it")
     Diffusion.verify(start)
@@ -221,7 +221,7 @@ def test_a_pipeline_that_changes_or_goes_during_the_run_is_noticed(model: Path, 
 
 @pytest.mark.slow
 def test_a_pipeline_given_as_an_object_is_written_whole_and_samples_the_same(kept: Path, tmp_path: Path) -> None:
-    named, given = begun(parts(kept), tmp_path / "named"), tmp_path / "given" / "round-0000" / "model"
+    named, given = start_of(parts(kept), tmp_path / "named"), tmp_path / "given" / "round-0000" / "model"
     Diffusion.start(parts("-"), given, model=tiny_pipeline("sd"))
     assert read_record(given).kind == "pipeline"
     Diffusion.verify(given)
@@ -237,10 +237,10 @@ def test_a_hub_name_is_held_at_the_commit_that_it_stood_for(kept: Path, tmp_path
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     config = parts("someone/tiny", pipeline_init_kwargs={"cache_dir": str(tmp_path / "hub")})
-    start = begun(config, tmp_path / "run")
+    start = start_of(config, tmp_path / "run")
     assert read_record(start) == ModelRecord("reference", "someone/tiny", commit, f"hub:{commit}")
     Diffusion.verify(start)
-    named = begun(parts(kept), tmp_path / "named")
+    named = start_of(parts(kept), tmp_path / "named")
     assert drawn(config, start, start)[0].completion == drawn(parts(kept), named, named)[0].completion
 
 
@@ -268,7 +268,7 @@ def test_what_the_start_is_is_reported_for_planning(kept: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_frozen_parts_are_read_once_for_a_start_and_released_with_its_last_policy(kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
-    start = begun(config, tmp_path)
+    start = start_of(config, tmp_path)
     first, second = (Diffusion.load(config, start, start) for _ in range(2))
     assert first.shared is second.shared
     assert first.frozen.pipe.vae is second.frozen.pipe.vae
@@ -285,7 +285,7 @@ def test_frozen_parts_are_read_once_for_a_start_and_released_with_its_last_polic
 def test_every_drawer_has_a_scheduler_of_its_own(kept: Path, tmp_path: Path) -> None:
     """A scheduler that is told its steps shrinks its tables: another round must not see that."""
     config = parts(kept)
-    start = begun(config, tmp_path)
+    start = start_of(config, tmp_path)
     first, second = (Diffusion.load(config, start, start) for _ in range(2))
     first.sampler.pipe.scheduler.set_timesteps(3)
     assert len(second.sampler.pipe.scheduler.timesteps) == len(second.frozen.pipe.scheduler.timesteps) == 1000
@@ -294,7 +294,7 @@ def test_every_drawer_has_a_scheduler_of_its_own(kept: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_bytes_are_counted_as_they_are_read(kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
-    policy = Diffusion.load(config, start := begun(config, tmp_path), start)
+    policy = Diffusion.load(config, start := start_of(config, tmp_path), start)
     gc.collect()
     assert policy.nbytes == 0
     frozen = sum(nbytes(tiny_pipeline("sd"), name) for name in ("vae", "text_encoder"))
@@ -309,7 +309,7 @@ def nbytes(pipe: Any, part: str) -> int:
 
 def test_weights_are_of_the_configured_type(kept: Path, tmp_path: Path) -> None:
     config = parts(kept, dtype="bfloat16")
-    policy = Diffusion.load(config, start := begun(config, tmp_path), start)
+    policy = Diffusion.load(config, start := start_of(config, tmp_path), start)
     assert policy.sampler.denoiser.dtype == policy.frozen.pipe.vae.dtype == torch.bfloat16
     [sample] = drawn(config, start, start, ["a red circle"])
     assert sample.payload["latents_dtype"] == "bfloat16" and len(sample.payload["latents"]) == 2 * 4 * 8 * 8
@@ -325,15 +325,15 @@ def test_a_run_that_starts_from_a_round_generates_what_the_round_generated(
 ) -> None:
     config = parts(kept, lora=lora)
     rows = write_rows(tmp_path / "rows.parquet", some_rows())
-    folder, _ = tuned(config, tmp_path / "run", rows)
-    start = begun(config, tmp_path / "run")
+    folder, _ = trained(config, tmp_path / "run", rows)
+    start = start_of(config, tmp_path / "run")
     expected = [s.payload["latents"] for s in drawn(config, folder, start)]
     assert expected != [s.payload["latents"] for s in drawn(config, start, start)], "the round learned something"
 
     section = Diffusion.section_at(config.policy.model_dump(), folder.resolve(), start.resolve())
     for rounds in (0, 1):  # to evaluate it, and to go on from it
         later = replace(config, policy=DiffusionPolicy(**section), num_rounds=rounds)
-        begins = begun(later, tmp_path / f"later-{rounds}")
+        begins = start_of(later, tmp_path / f"later-{rounds}")
         Diffusion.verify(begins)
         assert [s.payload["latents"] for s in drawn(later, begins, begins)] == expected
     assert read_record(begins).kind == "full", "a LoRA is merged, so that the next one begins from zero"
@@ -344,13 +344,13 @@ def test_a_round_rests_on_a_start_that_was_a_round_itself(kept: Path, tmp_path: 
     """A LoRA of the later run lies on the earlier run's merged one, not on the pipeline beneath both."""
     config = parts(kept, lora=True)
     rows = write_rows(tmp_path / "rows.parquet", some_rows())
-    folder, _ = tuned(config, tmp_path / "run", rows)
+    folder, _ = trained(config, tmp_path / "run", rows)
     later = later_than(config, folder, tmp_path)
-    second, _ = tuned(later, tmp_path / "later", rows)
-    start = begun(later, tmp_path / "later")
+    second, _ = trained(later, tmp_path / "later", rows)
+    start = start_of(later, tmp_path / "later")
     expected = [s.payload["latents"] for s in drawn(later, second, start)]
     again = replace(later_than(later, second, tmp_path), num_rounds=0)
-    begins = begun(again, tmp_path / "evaluation")
+    begins = start_of(again, tmp_path / "evaluation")
     assert read_record(begins).kind == "adapter"
     assert [s.payload["latents"] for s in drawn(again, begins, begins)] == expected
 
@@ -363,13 +363,13 @@ def later_than(config: Parts, folder: Path, root: Path) -> Parts:
 
 def test_section_at_the_start_of_a_named_pipeline_is_the_section_itself(kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
-    start = begun(config, tmp_path)
+    start = start_of(config, tmp_path)
     assert Diffusion.section_at(config.policy.model_dump(), start, start) == config.policy.model_dump()
 
 
 def test_a_folder_that_does_not_say_what_it_holds_is_refused(kept: Path, tmp_path: Path) -> None:
     config = parts(kept)
-    start = begun(config, tmp_path)
+    start = start_of(config, tmp_path)
     (start / "raftune.json").write_text("{")
     with pytest.raises(ModelError, match=r"must say in raftune.json what it holds"):
         load_denoiser(config.policy, start, start, train=False)

@@ -230,13 +230,13 @@ def test_a_pipeline_that_cannot_draw_says_what_it_said() -> None:
 
 def test_kwargs_that_change_the_denoiser_s_inputs_are_detected() -> None:
     pipe = tiny_pipeline("sd")
-    pipe.unet.register_forward_pre_hook(_louder_where_asked, with_kwargs=True)
+    pipe.unet.register_forward_pre_hook(_scaled_by_kwargs, with_kwargs=True)
     assert max(check_parity(adapter_of(pipe)).differences) == 0.0
     with pytest.raises(ModelError, match="output differs"):
         check_parity(adapter_of(pipe), {"cross_attention_kwargs": {"scale": 2.0}})
 
 
-def _louder_where_asked(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _scaled_by_kwargs(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """As an adapter that follows cross_attention_kwargs does."""
     scale = (kwargs.pop("cross_attention_kwargs", None) or {}).get("scale", 1.0)
     return (args[0] * scale, *args[1:]), kwargs

@@ -28,7 +28,7 @@ from raftune.policies.diffusion.model_folder import LORA
 from raftune.training.quiet import quiet
 from tests.builders import tree_hash
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline
-from tests.unit.policies.diffusion.fits import Parts, drawn, parts, some_rows, tuned, write_rows
+from tests.unit.policies.diffusion.fits import Parts, drawn, parts, some_rows, trained, write_rows
 
 LABELS = ("dit", "ddpm", "ddim")
 # Whole runs go over every architecture; here is one of each form on disk and each kind of target.
@@ -40,7 +40,7 @@ def run_of(kind: Kind, root: Path, *, lora: Any, **changes: Any) -> tuple[Parts,
     """Configuration, start folder and the model folder of a tiny round."""
     config = parts(save_tiny(kind, root / "pipe"), kind, lora=lora, **changes)
     rows = write_rows(root / "rows.parquet", some_rows(kind))
-    out, _ = tuned(config, root, rows)
+    out, _ = trained(config, root, rows)
     return config, root / "round-0000" / "model", out
 
 

@@ -30,8 +30,8 @@ from raftune.policies.causal_lm.sampling.parity import (
 from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
 from raftune.stages.parity import generation_words
 from raftune.store import partial
-from tests.builders import parts, save_tiny, tiny_llama, unit_of, write_rows
-from tests.unit.policies.causal_lm.fits import some_rows, tuned
+from tests.builders import chunk_of, parts, save_tiny, tiny_llama, write_rows
+from tests.unit.policies.causal_lm.fits import some_rows, trained
 
 TEXTS = ("the cab", "so", "a bath then")
 SETTINGS = SamplingParams(max_completion_length=10)
@@ -43,7 +43,7 @@ def round_1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
     root = tmp_path_factory.mktemp("parity")
     adapter = AdapterConfig(r=4, alpha=8.0, target_modules=("q_proj", "lm_head"))
     config = parts(save_tiny(root / "base", "qwen2"), adapter=adapter, learning_rate=0.1)
-    out, _ = tuned(config, root, write_rows(root / "rows.parquet", some_rows()))
+    out, _ = trained(config, root, write_rows(root / "rows.parquet", some_rows()))
     return config, out, root / "round-0000" / "model"
 
 
@@ -64,10 +64,10 @@ def test_a_model_that_is_not_the_one_that_was_trained_generates_nothing(
     round_1: tuple[Any, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out, start = round_1
-    assert len(CausalLM.load(config, out, start).generate(unit_of(TEXTS))) == 12
+    assert len(CausalLM.load(config, out, start).generate(chunk_of(TEXTS))) == 12
     monkeypatch.setattr(loading, "untie_targets", lambda model: None)  # then merging changes the embeddings as well
     with pytest.raises(ModelError, match=r"differs from what training ended with by \d\S* nats a token"):
-        CausalLM.load(config, out, start).generate(unit_of(TEXTS))
+        CausalLM.load(config, out, start).generate(chunk_of(TEXTS))
 
 
 def test_a_way_of_generating_that_is_wrong_is_refused_although_the_weights_are_right(
@@ -81,20 +81,20 @@ def test_a_way_of_generating_that_is_wrong_is_refused_although_the_weights_are_r
     attend = KVCache.attend
     monkeypatch.setattr(KVCache, "attend", lambda self, layer, query, scaling: attend(self, layer, query, 2 * scaling))
     with pytest.raises(ModelError, match="through the shared-prefix cache"):
-        policy.generate(unit_of(TEXTS))
+        policy.generate(chunk_of(TEXTS))
 
 
 def test_a_recorded_way_of_generating_is_taken_again(tmp_path: Path) -> None:
     config = parts(save_tiny(tmp_path / "base"))
     CausalLM.start(config, tmp_path / "start")
     policy = CausalLM.load(config, tmp_path / "start", tmp_path / "start")
-    record = policy.choose_backend(list(unit_of(TEXTS).prompts))
+    record = policy.choose_backend(list(chunk_of(TEXTS).prompts))
     assert record["forked"] == "" and record["distances"]["forked"] < record["allowed"] == 1e-3
     assert json.loads(json.dumps(record)) == record == policy.backend()
     assert record["way"] == "forked"
     again = CausalLM.load(config, tmp_path / "start", tmp_path / "start")
     again.use_backend({**record, "forked": "somebody measured"})
-    again.generate(unit_of(TEXTS))
+    again.generate(chunk_of(TEXTS))
     assert any("somebody measured" in note for note in again.notes())
 
 

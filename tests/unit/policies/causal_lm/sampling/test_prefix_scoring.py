@@ -24,7 +24,7 @@ from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
 from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
 from raftune.records import samples_table
-from tests.builders import parts, save_tiny, unit_of
+from tests.builders import chunk_of, parts, save_tiny
 
 SETTINGS = SamplingParams(max_completion_length=12)
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -160,7 +160,7 @@ def test_what_a_run_recorded_decides_and_not_what_was_generated_before(
     config = parts(folder, max_completion_length=6)
     CausalLM.start(config, tmp_path)
     first, again, without, older = (CausalLM.load(config, tmp_path, tmp_path) for _ in range(4))
-    chunk = unit_of(["the bath", "a"], k=3)
+    chunk = chunk_of(["the bath", "a"], k=3)
     record = first.choose_backend(chunk.prompts)
     again.use_backend(record)
     older.use_backend({name: record[name] for name in ("forked", "rows", "distances", "noise", "allowed")})

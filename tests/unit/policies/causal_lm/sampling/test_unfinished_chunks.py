@@ -12,7 +12,7 @@ import pytest
 from raftune.policies.causal_lm.policy import CausalLM
 from raftune.records import Sample, samples_table
 from raftune.store import interruption, partial
-from tests.builders import parts, save_tiny, unit_of
+from tests.builders import chunk_of, parts, save_tiny
 
 PROMPTS = ["the bath", "a", "ab ab ab", "that thing there", "b", "tha"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def a_policy(folder: Path, out: Path, **changes: Any) -> CausalLM:
 
 def drawn(policy: CausalLM, at: Path) -> list[Sample]:
     with partial.unfinished_work(at, at / "tmp", "00000", "key", {}):
-        return policy.generate(unit_of(PROMPTS, k=4, batch_size=8))
+        return policy.generate(chunk_of(PROMPTS, k=4, batch_size=8))
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_log_probabilities_that_were_interrupted_go_on_to_the_same_numbers(
 ) -> None:
     policy = a_policy(folder, tmp_path / "start")
     policy.use_backend(RECORD | {"scoring": scoring})
-    chunk = unit_of(PROMPTS, k=4)
+    chunk = chunk_of(PROMPTS, k=4)
     table = samples_table(policy.generate(chunk), policy.payload)
     prompts = [prompt for prompt in chunk.prompts for _ in range(4)]
 

@@ -25,7 +25,7 @@ from raftune.policies.diffusion.parity import check_parity, check_seeds
 from raftune.policies.diffusion.pipelines import adapter_of
 from raftune.training.quiet import quiet
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline
-from tests.unit.policies.diffusion.fits import begun, parts
+from tests.unit.policies.diffusion.fits import parts, start_of
 
 
 def changed(pipe: Any, part: str, kind: type[Any] | None = None, **changes: Any) -> Any:
@@ -184,22 +184,22 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_weights_that_lie_there_in_a_variant_are_read_once_it_is_named(half: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has them as fp16 alone\. Write policy\.variant: fp16"):
-        begun(parts(half), tmp_path / "a")
+        start_of(parts(half), tmp_path / "a")
     with pytest.raises(ModelError, match=r"got 'bf16', and there is fp16\. Write policy\.variant: fp16"):
-        begun(parts(half, variant="bf16"), tmp_path / "b")
-    begun(parts(half, variant="fp16"), tmp_path / "c")
+        start_of(parts(half, variant="bf16"), tmp_path / "b")
+    start_of(parts(half, variant="fp16"), tmp_path / "c")
 
 
 def test_a_variant_that_is_not_there_is_named(kept: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"got 'fp16', and its weights have none\. Leave it out"):
-        begun(parts(kept, variant="fp16"), tmp_path)
+        start_of(parts(kept, variant="fp16"), tmp_path)
 
 
 def test_shards_of_a_variant_are_read_too(tmp_path: Path) -> None:
     with quiet():
         tiny_pipeline("sd").save_pretrained(tmp_path / "pipe", variant="fp16", max_shard_size="20KB")
     assert len(list((tmp_path / "pipe" / "unet").glob("*-of-*.safetensors"))) > 1
-    begun(parts(tmp_path / "pipe", variant="fp16"), tmp_path / "run")
+    start_of(parts(tmp_path / "pipe", variant="fp16"), tmp_path / "run")
 
 
 def test_a_denoiser_saved_with_a_lora_on_it_must_be_merged_first(kept: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_denoiser_saved_with_a_lora_on_it_must_be_merged_first(kept: Path, tmp
         unet.add_adapter(LoraConfig(target_modules=["to_q"]))
         unet.save_pretrained(folder / "unet")
     with pytest.raises(ModelError, match=r"must have no LoRA on its denoiser; .*unet was saved with one\. .*fuse_lora"):
-        begun(parts(folder), tmp_path / "run")
+        start_of(parts(folder), tmp_path / "run")
 
 
 def test_a_scheduler_that_needs_what_is_not_installed_says_so(kept: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_scheduler_that_needs_what_is_not_installed_says_so(kept: Path, tmp_pa
     index["scheduler"] = ["diffusers", "DPMSolverSDEScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="did not: it needs the package torchsde"):
-        begun(parts(folder), tmp_path / "run")
+        start_of(parts(folder), tmp_path / "run")
 
 
 UNKNOWN = (
@@ -234,7 +234,7 @@ UNKNOWN = (
 def test_another_kind_of_pipeline_is_refused_by_name_before_its_weights_are_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.42.0"}))
     with pytest.raises(ModelError, match=rf"got a {name}\. Supported are DDIMPipeline, .*StableDiffusionXLPipeline"):
-        begun(parts(tmp_path), tmp_path / "run")
+        start_of(parts(tmp_path), tmp_path / "run")
 
 
 def test_an_object_of_another_kind_is_refused_before_it_is_written(tmp_path: Path) -> None:

@@ -36,13 +36,13 @@ def generators(seeds: range) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def asked(binding: PipelineAdapter, prompts: Any) -> Conditions:
+def encoded_prompts(binding: PipelineAdapter, prompts: Any) -> Conditions:
     with torch.no_grad(), quiet():
         return binding.encode(prompts)
 
 
-def drawn(binding: PipelineAdapter, kind: Kind, rows: range, guidance: float) -> Any:
-    conditions = asked(binding, [prompts_of(kind)[row] for row in rows])
+def generated(binding: PipelineAdapter, kind: Kind, rows: range, guidance: float) -> Any:
+    conditions = encoded_prompts(binding, [prompts_of(kind)[row] for row in rows])
     with torch.no_grad(), quiet():
         away = binding.empty() if guidance > 1 else None
         return binding.sample(conditions, away, generators(rows), call_of(kind, guidance))
@@ -70,7 +70,7 @@ def test_one_image_is_bit_for_bit_what_the_pipeline_gives(kind: Kind, guidance: 
     pipe = tiny_pipeline(kind)
     binding = adapter_of(pipe)
     for row in range(2):
-        ours = drawn(binding, kind, range(row, row + 1), guidance)
+        ours = generated(binding, kind, range(row, row + 1), guidance)
         assert np.array_equal(np.asarray(ours.images[0]), plainly(pipe, kind, row, guidance))
 
 
@@ -78,7 +78,7 @@ def test_one_image_is_bit_for_bit_what_the_pipeline_gives(kind: Kind, guidance: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_gives_each_prompt_its_own_image(kind: Kind, guidance: float) -> None:
     pipe = tiny_pipeline(kind)
-    batch = drawn(adapter_of(pipe), kind, range(4), guidance)
+    batch = generated(adapter_of(pipe), kind, range(4), guidance)
     levels = np.stack([np.asarray(image) for image in batch.images]).astype(int)
     alone = np.stack([plainly(pipe, kind, row, guidance) for row in range(4)]).astype(int)
     assert np.abs(levels - alone).max() <= 1  # a batch sums in another order
@@ -89,7 +89,7 @@ def test_a_batch_gives_each_prompt_its_own_image(kind: Kind, guidance: float) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kept_latents_decode_to_the_images(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
-    batch = drawn(binding, kind, range(4), 1.0)
+    batch = generated(binding, kind, range(4), 1.0)
     call = call_of(kind)
     assert tuple(batch.x0.shape) == (4, *binding.latent_shape(call.height, call.width))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_the_kept_latents_decode_to_the_images(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNCONDITIONAL])
 def test_what_a_prompt_says_moves_the_image(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
-    conditions = asked(binding, prompts_of(kind)[:2])
+    conditions = encoded_prompts(binding, prompts_of(kind)[:2])
     with torch.no_grad():
         two = binding.sample(conditions, None, generators(range(1)) + generators(range(1)), call_of(kind))
     assert not np.array_equal(np.asarray(two.images[0]), np.asarray(two.images[1]))
@@ -111,14 +111,14 @@ def test_an_image_of_something_not_finite_is_marked() -> None:
     pipe = tiny_pipeline("ddpm")
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("nan"))
-    assert drawn(adapter_of(pipe), "ddpm", range(2), 1.0).finite == [False, False]
+    assert generated(adapter_of(pipe), "ddpm", range(2), 1.0).finite == [False, False]
 
 
 def test_unconditional_images_are_generated_in_bfloat16_too() -> None:
     pipe = tiny_pipeline("ddim")
     with quiet():
         pipe.to(torch.bfloat16)
-    assert drawn(adapter_of(pipe), "ddim", range(2), 1.0).x0.dtype == torch.bfloat16
+    assert generated(adapter_of(pipe), "ddim", range(2), 1.0).x0.dtype == torch.bfloat16
 
 
 # -- conditions --------------------------------------------------------------------------------------------------------
@@ -127,8 +127,8 @@ def test_unconditional_images_are_generated_in_bfloat16_too() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_conditions_stack_across_prompts_as_if_they_were_read_together(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
-    together = asked(binding, prompts_of(kind))
-    joined = Conditions.joined([asked(binding, [prompt]) for prompt in prompts_of(kind)])
+    together = encoded_prompts(binding, prompts_of(kind))
+    joined = Conditions.joined([encoded_prompts(binding, [prompt]) for prompt in prompts_of(kind)])
     assert joined.tensors.keys() == together.tensors.keys()
     for name, tensor in joined.tensors.items():
         torch.testing.assert_close(tensor, together.tensors[name], rtol=1e-4, atol=1e-5)
@@ -138,7 +138,7 @@ def test_conditions_stack_across_prompts_as_if_they_were_read_together(kind: Kin
 def test_no_prompt_is_one_row_that_takes_the_place_of_any(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
     with torch.no_grad(), quiet():
-        mixed = Conditions.joined([asked(binding, prompts_of(kind)[:2]), binding.empty()])
+        mixed = Conditions.joined([encoded_prompts(binding, prompts_of(kind)[:2]), binding.empty()])
     noise = torch.randn((3, *binding.latent_shape(SIZE, SIZE)), generator=torch.Generator().manual_seed(0))
     same = noise[:1].expand_as(noise)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_no_prompt_is_one_row_that_takes_the_place_of_any(kind: Kind) -> None:
 def test_flux_is_trained_under_the_guidance_at_which_it_samples() -> None:
     pipe = tiny_pipeline("flux")
     binding, call, steps = adapter_of(pipe), call_of("flux", 3.5), []  # type: ignore[var-annotated]
-    conditions = asked(binding, TEXTS[:2])
+    conditions = encoded_prompts(binding, TEXTS[:2])
     with torch.no_grad(), watched(pipe.scheduler, steps.append):
         binding.sample(conditions, None, generators(range(2)), call)
     first: SchedulerStep = steps[0]
@@ -170,10 +170,10 @@ def test_dit_of_another_number_of_classes_is_guided_away_from_its_own_null_class
     binding, call = adapter_of(pipe), call_of("dit", 3.0)
     steps: list[SchedulerStep] = []
     with torch.no_grad(), watched(pipe.scheduler, steps.append):
-        binding.sample(asked(binding, [6]), binding.empty(), generators(range(1)), call)
+        binding.sample(encoded_prompts(binding, [6]), binding.empty(), generators(range(1)), call)
         first = steps[0]
         x_t = first.model_input[:1]
-        towards = binding.predict(x_t, first.time.expand(1), asked(binding, [6]))
+        towards = binding.predict(x_t, first.time.expand(1), encoded_prompts(binding, [6]))
         away = binding.predict(x_t, first.time.expand(1), binding.empty())
     torch.testing.assert_close(first.output[:1], away + 3.0 * (towards - away), rtol=1e-4, atol=1e-5)
 
@@ -182,15 +182,15 @@ def test_how_much_of_a_prompt_t5_reads_is_the_users_to_say() -> None:
     for kind, usual in (("sd3", 256), ("flux", 512), ("pixart", 120)):
         pipe = tiny_pipeline(kind)  # type: ignore[arg-type]
         short = adapter_of(pipe, {"max_sequence_length": 20})
-        length = asked(short, ["red"]).tensors["prompt_embeds"].shape[1]
-        assert length == asked(adapter_of(pipe), ["red"]).tensors["prompt_embeds"].shape[1] - usual + 20
+        length = encoded_prompts(short, ["red"]).tensors["prompt_embeds"].shape[1]
+        assert length == encoded_prompts(adapter_of(pipe), ["red"]).tensors["prompt_embeds"].shape[1] - usual + 20
         assert 20 in short.text_limits().values()
 
 
 # -- images that were not generated here -------------------------------------------------------------------------------
 
 
-def picture(seed: int = 0) -> Image.Image:
+def noise_image(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
@@ -198,16 +198,16 @@ def picture(seed: int = 0) -> Image.Image:
 def test_an_image_from_elsewhere_gets_latents_of_the_generated_ones_shape_and_scale(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
     with torch.no_grad():
-        found = binding.to_latents([picture(0), picture(1)], torch.Generator().manual_seed(0))
+        found = binding.to_latents([noise_image(0), noise_image(1)], torch.Generator().manual_seed(0))
     assert tuple(found.shape) == (2, *binding.latent_shape(SIZE, SIZE))
     if kind in UNCONDITIONAL:
-        assert np.array_equal((binding.to_pixels(found)[0] * 255).round().permute(1, 2, 0), np.asarray(picture(0)))
+        assert np.array_equal((binding.to_pixels(found)[0] * 255).round().permute(1, 2, 0), np.asarray(noise_image(0)))
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
 def test_latents_are_the_vaes_shifted_and_scaled_as_the_denoiser_sees_them(kind: Kind) -> None:
     pipe = tiny_pipeline(kind)
-    config, image = pipe.vae.config, picture()
+    config, image = pipe.vae.config, noise_image()
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
     with torch.no_grad():
         raw = pipe.vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(0))
