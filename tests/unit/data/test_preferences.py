@@ -219,13 +219,13 @@ def test_one_file_may_hold_rows_of_all_formats(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 def test_a_system_column_precedes_the_prompt(tmp_path: Path, name: str) -> None:
-    assistant_message = [{"role": "user", "content": "p"}]
+    turns = [{"role": "user", "content": "p"}]
     rows = [
         {name: "Be kind.", "question": "p", "chosen": "a", "rejected": "b"},
-        {name: "Be kind.", "prompt": assistant_message, "chosen": "a", "rejected": "b"},
+        {name: "Be kind.", "prompt": turns, "chosen": "a", "rejected": "b"},
         {
             name: "Be kind.",
-            "prompt": [{"role": "system", "content": "x"}, *assistant_message],
+            "prompt": [{"role": "system", "content": "x"}, *turns],
             "chosen": "a",
             "rejected": "b",
         },
@@ -235,8 +235,8 @@ def test_a_system_column_precedes_the_prompt(tmp_path: Path, name: str) -> None:
     found = read(tmp_path, *rows)
     assert [pair.prompt for pair in found.rows] == [
         "Be kind.\n\np",
-        [{"role": "system", "content": "Be kind."}, *assistant_message],
-        [{"role": "system", "content": "x"}, *assistant_message],
+        [{"role": "system", "content": "Be kind."}, *turns],
+        [{"role": "system", "content": "x"}, *turns],
         "p",
     ]
     assert [(one.row, str(one.reason)) for one in found.skipped] == [(5, "wrong type")]
