@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from raftune.clients.url import ResponseTooLarge, is_local, post, web_url
 from raftune.config.secrets import expanded, masked, redacted
 from raftune.sanitize import one_line
-from raftune.store.files import write_json
+from raftune.store.files import sha256_hex, write_json
 
 if TYPE_CHECKING:
     import httpx2
@@ -85,8 +84,7 @@ class ChatEndpoint:
         parameters = {name: value for name, value in self.parameters.items() if value is not None}
         body = {"model": self.model, "messages": messages, **parameters}
         keyed = {"url": redacted(self.url, references=False), **body}
-        canonical = json.dumps(keyed, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest(), body
+        return sha256_hex([json.dumps(keyed, sort_keys=True, ensure_ascii=False)]), body
 
     async def _ask_all(self, bodies: Mapping[str, dict[str, Any]], tell: Callable[[], None]) -> dict[str, ChatReply]:
         """The replies by name, with at most `concurrency` requests at once."""

@@ -5,7 +5,6 @@ A stored image is a PNG, lossless RGB; its name is the SHA-256 of those bytes.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import struct
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from raftune.errors import ConfigError, DataError
+from raftune.store.files import sha256_hex
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,7 +97,7 @@ def _grey_in_8_bits(image: Image.Image) -> Image.Image:
 
 def sha256_of_png(png: bytes) -> str:
     """The name of an image: 64 hexadecimal digits."""
-    return hashlib.sha256(png).hexdigest()
+    return sha256_hex([png])
 
 
 def thumbnail(png: bytes, longest: int) -> bytes:

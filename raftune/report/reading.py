@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import pyarrow as pa
 from raftune.errors import RaftuneError, RunDamaged
 from raftune.sanitize import first_line
 from raftune.store.commit import MARKER, Manifest, has_changed, surplus
+from raftune.store.files import sha256_hex
 from raftune.store.layout import chunk_file
 from raftune.store.parquet import column_names, read_groups, read_metadata, read_table
 from raftune.store.run import CONFIG, RunFolder
@@ -105,7 +105,7 @@ class RunReader:
         except (OSError, ValueError) as error:
             fault = f"cannot be read: {first_line(error)}"
         else:
-            if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            if sha256 is not None and sha256_hex([content]) != sha256:
                 fault = "has changed since it was committed"
             elif sha256 is None and isinstance(value, dict) and has_changed(value):
                 fault = "has changed since it was written"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from raftune.data.feedback import read_preferences, read_ratings
 from raftune.data.rows import Feedback, PreferencePair, Rating, SkippedRow
 from raftune.errors import DataError, RewardError
 from raftune.records import PromptContent
+from raftune.store.files import sha256_hex
 
 FeedbackKind = Literal["pairwise", "pointwise"]
 FEWEST_HELD_OUT = 20  # prompts: a narrower share of few prompts could show nothing
@@ -169,15 +169,10 @@ def without_overlap(train: Sequence[FeedbackExample], held_out: Sequence[Feedbac
 
 def prompt_key(prompt: PromptContent, seed: int) -> str:
     """A hash of the prompt and the seed."""
-    content = json.dumps([seed, prompt], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    return sha256_hex([json.dumps([seed, prompt], sort_keys=True, ensure_ascii=False)])
 
 
 def identity_of(split: HeldOutSplit) -> str:
     """A hash over all tokens and ratings on either side: another means other data, or another tokenizer."""
-    digest = hashlib.sha256()
-    for side in (split.train, split.held_out):
-        for example in side:
-            digest.update(json.dumps([example.row, example.ids, example.rating]).encode())
-        digest.update(b"side")
-    return digest.hexdigest()[:16]
+    sides = ([json.dumps([row.row, row.ids, row.rating]) for row in side] for side in (split.train, split.held_out))
+    return sha256_hex(text for side in sides for text in (*side, "side"))[:16]

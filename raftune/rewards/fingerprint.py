@@ -6,7 +6,6 @@ functions of its own module that it names; of a file, the whole file. Imports ar
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 from raftune.config.secrets import redacted
 from raftune.store.committed import check_folder
-from raftune.store.files import sha256_of
+from raftune.store.files import sha256_hex, sha256_of
 
 SIMPLE = (str, bytes, int, float, bool, type(None))
 
@@ -24,11 +23,11 @@ SIMPLE = (str, bytes, int, float, bool, type(None))
 def digest(*parts: Any) -> str:
     """16 hex digits that depend on every part; parts are JSON values."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=describe)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_hex([text])[:16]
 
 
 def of_bytes(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    return sha256_hex([data])[:16]
 
 
 def of_folder(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import tempfile
@@ -24,7 +23,7 @@ from raftune.runtime.rescoring import statuses, unfinished
 from raftune.runtime.staleness import check
 from raftune.runtime.trackers import reporting
 from raftune.runtime.verification import check_config_file, faults_of
-from raftune.store.files import json_bytes, sha256_of, stage_file
+from raftune.store.files import json_bytes, sha256_hex, sha256_of, stage_file
 from raftune.store.run import YAML, RunFolder
 
 ENVIRONMENT = "environment.json"
@@ -170,7 +169,7 @@ def _save_config(folder: RunFolder, recorded: dict[str, Any] | None, resolved: d
         path = folder.root / name
         files[name] = sha256_of(path) if path.is_file() else ""
         if recorded != resolved or not path.is_file() or files[name] != known.get(name, files[name]):
-            files[name] = hashlib.sha256(content).hexdigest()
+            files[name] = sha256_hex([content])
             with stage_file(folder.tmp, path) as staged:
                 staged.write_bytes(content)
     record = {"files": files, **({"folder": place} if has_paths(resolved, base) else {})}

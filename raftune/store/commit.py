@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raftune.errors import RunDamaged, RunTooNew, RunTooOld
-from raftune.store.files import json_bytes, publish_seal, sha256_of, stage_file, write_json
+from raftune.store.files import json_bytes, publish_seal, sha256_hex, sha256_of, stage_file, write_json
 
 # The underscore keeps readers of a folder of Parquet files from opening these.
 NAME = "_COMMIT.json"
@@ -31,7 +30,7 @@ def is_own(name: str) -> bool:
 
 def with_hash(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content with its own hash, by which `has_changed` detects an edit."""
-    return {**content, SELF: hashlib.sha256(json_bytes(content)).hexdigest()}
+    return {**content, SELF: sha256_hex([json_bytes(content)])}
 
 
 def has_changed(content: Mapping[str, Any]) -> bool:
@@ -60,8 +59,7 @@ def folder_of(stage: str) -> str:
 def stage_key(stage: str, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """The hash that tells whether a stage's output belongs to these fields and these inputs."""
     plain = json.loads(json.dumps({"stage": stage, "fields": fields, "inputs": inputs}, default=str))
-    text = json.dumps(plain, sort_keys=True)  # equal to that of a manifest that was read back
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_hex([json.dumps(plain, sort_keys=True)])  # equal to that of a manifest that was read back
 
 
 @dataclass(frozen=True, slots=True)

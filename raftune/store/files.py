@@ -214,12 +214,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_hex(parts: Iterable[str | bytes | memoryview]) -> str:
+    """The hexadecimal SHA-256 over parts that follow one another, text as UTF-8."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+    return total.hexdigest()
+
+
 def fingerprint_of(folder: Path, paths: Iterable[Path]) -> str:
     """SHA-256 over the sorted names, sizes and contents of those of the folder's paths that are files, not hidden."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in paths if path.is_file() and not path.name.startswith(".")):
-        total.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{sha256_of(path)}\n".encode())
-    return total.hexdigest()
+    files = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+    return sha256_hex(
+        f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{sha256_of(path)}\n" for path in files
+    )
 
 
 def discard(path: Path, tmp: Path) -> None:

@@ -8,7 +8,6 @@ the chunk, a hash of what shaped the chunk, and a hash of the file itself.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from raftune.store import interruption, pulse
-from raftune.store.files import ensure_folder, sha256_of, sync, unique
+from raftune.store.files import ensure_folder, sha256_hex, sha256_of, sync, unique
 
 SAVE_EVERY = 60.0  # seconds of work that an interrupt may cost
 SHARE = 0.05  # of the time, at most, is spent on saving
@@ -58,7 +57,7 @@ class PartialWork:
 
     def __init__(self, folder: Path | None = None, tmp: Path | None = None, name: str = "", key: str = "") -> None:
         self.folder, self.tmp, self.name, self.key = folder, tmp, name, key
-        self.prefix = f"_part-{name}-{hashlib.sha256(f'{VERSION} {key}'.encode()).hexdigest()[:16]}-"
+        self.prefix = f"_part-{name}-{sha256_hex([f'{VERSION} {key}'])[:16]}-"
         self.pace = SavePace()
 
     def find(self) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from raftune.data.tables import table_from
 from raftune.errors import ConfigError, DataError
 from raftune.rewards.loading import load_reward
 from raftune.rewards.resolve import FunctionReward
+from raftune.store.files import sha256_hex
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,6 @@ def held_out_inputs(rows: Any, columns: Callable[[str], bool] | None, count: int
 
 def table_hash(table: pa.Table) -> str:
     """16 hex digits over the rows, whatever chunks and metadata they come in."""
-    total = hashlib.sha256(json.dumps(table.column_names).encode())
-    for batch in table.to_batches(max_chunksize=1000):
-        for row in batch.to_pylist():
-            total.update(json.dumps(row, sort_keys=True, default=repr).encode())
-    return total.hexdigest()[:16]
+    rows = (row for batch in table.to_batches(max_chunksize=1000) for row in batch.to_pylist())
+    texts = (json.dumps(row, sort_keys=True, default=repr) for row in rows)
+    return sha256_hex(itertools.chain([json.dumps(table.column_names)], texts))[:16]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from raftune.errors import ConfigError, ModelError
 from raftune.policies.causal_lm.loading import base_at, refuse_untrusted_code
 from raftune.sanitize import first_line
 from raftune.starters.resolve import resolve_model
+from raftune.store.files import sha256_hex
 from raftune.training.quiet import quiet
 
 logger = logging.getLogger("raftune")
@@ -237,32 +237,34 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
 
 def model_hash(model: Any) -> str:
     """16 hex digits over weights and configuration: the same for a copy, whatever device it is on."""
-    total = hashlib.sha256()
     base, adapters = model, {}
     if isinstance(model, PeftModel):
         base = model.get_base_model()
         adapters = {name: config.to_dict() for name, config in model.peft_config.items()}
     generation = getattr(base, "generation_config", None)
     configs = [base.config.to_dict(), generation.to_dict() if generation else {}, adapters]
-    total.update(_canonical_json(configs, _PROVENANCE))
-    for name, tensor in sorted(model.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        total.update(plain.flatten().view(torch.uint8).numpy().data if plain.numel() else b"")
-    return total.hexdigest()[:16]
+
+    def parts() -> Iterator[str | bytes | memoryview]:
+        yield _canonical_json(configs, _PROVENANCE)
+        for name, tensor in sorted(model.state_dict().items()):
+            plain = tensor.detach().cpu().contiguous()
+            yield f"{name} {plain.dtype} {tuple(plain.shape)}"
+            yield plain.flatten().view(torch.uint8).numpy().data if plain.numel() else b""
+
+    return sha256_hex(parts())[:16]
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """16 hex digits over the files that the tokenizer saves, without where it came from."""
-    total = hashlib.sha256()
+    parts: list[str | bytes] = []
     with tempfile.TemporaryDirectory() as folder, quiet():
         tokenizer.save_pretrained(folder)
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
             content = path.read_bytes()
-            total.update(path.name.encode())
             is_json = path.suffix == ".json"
-            total.update(_canonical_json(json.loads(content), _PROVENANCE | _CALLS) if is_json else content)
-    return total.hexdigest()[:16]
+            content = _canonical_json(json.loads(content), _PROVENANCE | _CALLS) if is_json else content
+            parts += path.name, content
+    return sha256_hex(parts)[:16]
 
 
 def _canonical_json(value: Any, ignored: set[str]) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -15,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from raftune.store import interruption
-from raftune.store.files import sha256_of
+from raftune.store.files import sha256_hex, sha256_of
 from raftune.store.partial import SavePace
 
 MANIFEST = "MANIFEST.json"
@@ -53,7 +52,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
 def identity(rows: Path, settings: str, seed: int) -> str:
     """Names a fit by its rows, settings and seed: checkpoints of another fit are ignored."""
-    return hashlib.sha256(f"{sha256_of(rows)}\0{settings}\0{seed}".encode()).hexdigest()
+    return sha256_hex([f"{sha256_of(rows)}\0{settings}\0{seed}"])
 
 
 def seal(folder: Path, identity: str) -> None:
