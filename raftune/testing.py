@@ -147,13 +147,13 @@ def other_seeds_generate_other_samples(case: FamilyCase, folder: Path) -> None:
 def a_smaller_batch_generates_the_same_samples(case: FamilyCase, folder: Path) -> None:
     """Images may differ by what the order of sums changes."""
     policy = case.load()
-    whole, small = ([s.completion for s in policy.generate(case.chunk(size))] for size in (64, K))
-    same = whole == small
+    large, small = ([s.completion for s in policy.generate(case.chunk(size))] for size in (64, K))
+    same = large == small
     if case.family.media == "image":
         from raftune.data.images import image_of
 
         same = True
-        for first, second in zip(whole, small, strict=True):
+        for first, second in zip(large, small, strict=True):
             if first is None or second is None:
                 same &= first == second
             else:
@@ -265,8 +265,8 @@ def recorded_log_probs_equal_computed_ones(case: FamilyCase, folder: Path) -> No
         recorded.shape == computed.shape,
         "recorded_log_probs must give a number for each sample, NaN where none was noted",
     )
-    known = ~np.isnan(recorded)
-    np.testing.assert_allclose(recorded[known], computed[known], atol=SMALL)
+    present = ~np.isnan(recorded)
+    np.testing.assert_allclose(recorded[present], computed[present], atol=SMALL)
 
 
 def training_makes_its_rows_more_likely(case: FamilyCase, folder: Path) -> None:

@@ -19,14 +19,14 @@ def web_url(url: str, field: str, example: str, key: str) -> httpx2.URL:
     import httpx2
 
     try:
-        given = httpx2.URL(url)
+        shown = httpx2.URL(url)
     except httpx2.InvalidURL as error:
         raise ConfigError(f"{field} must be the URL of an endpoint; got {url!r}: {error}. {example}") from error
-    if given.scheme not in ("http", "https") or not given.host:
+    if shown.scheme not in ("http", "https") or not shown.host:
         raise ConfigError(f"{field} must be a URL that begins with http:// or https://; got {url!r}. {example}")
-    if given.userinfo:
+    if shown.userinfo:
         raise ConfigError(f"{field} must hold no password. Put the key into an environment variable: {key}.")
-    return given
+    return shown
 
 
 async def post(client: httpx2.AsyncClient, url: str, most: int, **request: Any) -> httpx2.Response:

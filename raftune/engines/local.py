@@ -76,9 +76,9 @@ class WorkerPool:
         threads = [threading.Thread(target=serve, args=(slot,), daemon=True) for slot in slots]
         for thread in threads:
             thread.start()
-        limit, left = self.config.chunk_timeout, len(chunks)
+        limit, remaining = self.config.chunk_timeout, len(chunks)
         try:
-            while left:
+            while remaining:
                 for worker in self.processes:
                     if worker is not None and limit is not None and worker.seconds > limit:
                         worker.end(f"took more than engine.chunk_timeout = {limit:g} s")
@@ -87,26 +87,26 @@ class WorkerPool:
                 except Empty:
                     continue
                 if "entry" in reply:
-                    left -= 1
+                    remaining -= 1
                     yield JournalEntry(**reply["entry"])
                 elif reply["final"]:
                     raise error_from(reply)
                 elif tries <= self.config.max_retries:
                     waiting.put((index, tries + 1))
                 else:
-                    left -= 1
+                    remaining -= 1
                     set_aside(self, job, index, ": ".join(filter(None, (reply["kind"], reply["error"]))))
         finally:
             while not waiting.empty():
                 waiting.get()
             for _ in threads:
                 waiting.put(None)
-            for worker in self.processes if left else ():
+            for worker in self.processes if remaining else ():
                 if worker is not None:
                     worker.end("was ended with the run")
             for thread in threads:
                 thread.join()
-            if left:
+            if remaining:
                 self.close()
 
     def _run_chunk(self, slot: int, job: StageJob, index: int) -> Reply:

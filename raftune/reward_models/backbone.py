@@ -90,10 +90,10 @@ def open_backbone(config: RewardModelConfig) -> Backbone:
     return Backbone(config, tokenizer, reading, tuple(notes))
 
 
-def _fill_pad_token(name: str, tokenizer: Any, known: int | None) -> str:
+def _fill_pad_token(name: str, tokenizer: Any, pad_token_id: int | None) -> str:
     """Sets a pad token, that of the model's configuration or EOS, and returns a note. Raises ModelError without any."""
-    if known is not None and 0 <= known < len(tokenizer) and known != tokenizer.eos_token_id:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    if pad_token_id is not None and 0 <= pad_token_id < len(tokenizer) and pad_token_id != tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_token_id)
         return f"tokenizer: it has no pad token; {tokenizer.pad_token} of the model's configuration serves as one"
     if tokenizer.eos_token is None:
         raise ModelError(

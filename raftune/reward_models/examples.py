@@ -82,12 +82,12 @@ def _read_source(
         },
         objective,
     )
-    whole, skipped, kept = replace(reading, limit=None), [*feedback.skipped], []
+    untruncated, skipped, kept = replace(reading, limit=None), [*feedback.skipped], []
     alike = f"chosen and rejected are the same within the last {reading.limit} tokens"
     for row in feedback.rows:
         answers = (row.chosen, row.rejected) if isinstance(row, PreferencePair) else (row.completion,)
         try:
-            ids = [tokens(tokenizer, row.prompt, answer, whole) for answer in answers]
+            ids = [tokens(tokenizer, row.prompt, answer, untruncated) for answer in answers]
             long = [i for i, text in enumerate(ids) if reading.limit is not None and len(text) > reading.limit]
             for i in long:
                 ids[i] = tokens(tokenizer, row.prompt, answers[i], reading)

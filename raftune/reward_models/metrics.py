@@ -156,14 +156,14 @@ def explained(ratings: FloatArray, predicted: FloatArray, mean: float, prompts_N
     Prompts are resampled whole; None where all held-out ratings are that mean.
     """
     size = int(prompts_N.max()) + 1
-    left = np.bincount(prompts_N, (ratings - predicted) ** 2, size)
-    whole = np.bincount(prompts_N, (ratings - mean) ** 2, size)
-    if not whole.sum():
+    residual = np.bincount(prompts_N, (ratings - predicted) ** 2, size)
+    total = np.bincount(prompts_N, (ratings - mean) ** 2, size)
+    if not total.sum():
         return None
-    r2 = float(1 - left.sum() / whole.sum())
+    r2 = float(1 - residual.sum() / total.sum())
     if size < FEWEST_UNITS:
         return Interval(mean=r2, low=None, high=None, n=size)
-    sums = [(left[rows].sum(axis=1), whole[rows].sum(axis=1)) for rows in resamples(size)]
+    sums = [(residual[rows].sum(axis=1), total[rows].sum(axis=1)) for rows in resamples(size)]
     above, below = (np.concatenate(parts) for parts in zip(*sums, strict=True))
     low, high = np.quantile(1 - above[below > 0] / below[below > 0], (0.025, 0.975))
     return Interval(mean=r2, low=float(low), high=float(high), n=size)

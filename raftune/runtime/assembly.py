@@ -135,7 +135,7 @@ class PolicyCache:
                 policy.use_backend(record)
         if isinstance(policy, SupportsSharedParts):
             # Beside the parts of this start, only small ones of another (a teacher's) stay in memory.
-            small = {place: parts for place, parts in self._shared.items() if parts.nbytes * 2 <= SMALL}
+            small = {path: parts for path, parts in self._shared.items() if parts.nbytes * 2 <= SMALL}
             self._shared = small | {start: policy.shared}
         return policy
 

@@ -70,12 +70,12 @@ def _round_target(run: RunFolder, name: str) -> EvalTarget:
     if name == "best":
         round_ = best_of(run)
     else:
-        known = run.rounds_with("model")
-        named = {"start": 0, "last": known[-1] if known else 0}
-        if name not in named and not (name.isdigit() and int(name) in known):
-            whole = ", ".join(map(str, known)) or "none yet"
+        rounds = run.rounds_with("model")
+        named = {"start": 0, "last": rounds[-1] if rounds else 0}
+        if name not in named and not (name.isdigit() and int(name) in rounds):
+            choices = ", ".join(map(str, rounds)) or "none yet"
             raise ConfigError(
-                f"RUN@ROUND must name best, last, start or a round that is done ({whole}); got {name!r}. "
+                f"RUN@ROUND must name best, last, start or a round that is done ({choices}); got {name!r}. "
                 f"Write {run.root}@best."
             )
         round_ = named[name] if name in named else int(name)

@@ -121,11 +121,11 @@ class StepProgress(_Display):
     def advance(self, done: int, of: int) -> None:
         """Shows how much of the step is done."""
         now = time.monotonic()
-        left = f"about {duration((now - self._began) * (of - done) / max(done, 1))} left"
-        self._update(completed=done, total=of, left=left)
+        remaining = f"about {duration((now - self._began) * (of - done) / max(done, 1))} left"
+        self._update(completed=done, total=of, left=remaining)
         if not self._moves and now - self._printed > QUIET:
             self._printed = now
-            self._print(f"{self._title}: {done:,} of {of:,}, {left}")
+            self._print(f"{self._title}: {done:,} of {of:,}, {remaining}")
 
     def note(self, words: str) -> None:
         """Prints a line that stays."""
@@ -389,5 +389,5 @@ class StagePace:
             return ""
         mean = {name: sum(seconds) / len(seconds) for name, seconds in times.items()}
         done = self.spent.get(self.round, {})
-        left = sum(mean.values()) * (self.of - self.round)
-        return f"about {duration(left + sum(mean[name] for name in mean if name not in done))} left"
+        seconds_left = sum(mean.values()) * (self.of - self.round)
+        return f"about {duration(seconds_left + sum(mean[name] for name in mean if name not in done))} left"

@@ -40,8 +40,8 @@ class Rescoring:
         """The stages that are still as they were when the work was started."""
         if not (run.root / AGAIN).is_dir():
             return set(self.places)
-        present = (place for place in self.places if run.is_committed(*place))
-        return {place for place in present if sha256_of(run.earlier_scores(*place) / NAME) == run.commit_hash(*place)}
+        present = (stage for stage in self.places if run.is_committed(*stage))
+        return {stage for stage in present if sha256_of(run.earlier_scores(*stage) / NAME) == run.commit_hash(*stage)}
 
 
 def statuses(only: str | None, redo: str | None, run: RunFolder) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def wanted(
     Raises ConfigError where there is no such sample, where a name is of another stage, and where the rewards now have
     other names.
     """
-    run, places, any_match = runtime.run, set(), False
+    run, stages, any_match = runtime.run, set(), False
     start = min(round_ for round_, _ in first)
     for round_, stage in table:
         named = any(round_ >= from_round and stage.name == name for from_round, name in first)
@@ -98,28 +98,28 @@ def wanted(
                         f"{', '.join(sorted(before))}, and the rewards are {', '.join(sorted(now))} now. Leave --only "
                         "out."
                     )
-            places.add((round_, stage.writes))
+            stages.add((round_, stage.writes))
     if not any_match:
         raise ConfigError(
             f"--only must name a status that a sample has; got {','.join(only)}, and with --from {redo} "
             "there is no such sample. Nothing was changed."
         )
-    return Rescoring(redo, tuple(only), frozenset(places))
+    return Rescoring(redo, tuple(only), frozenset(stages))
 
 
-def begin(run: RunFolder, rescoring: Rescoring, places: Sequence[RoundStage]) -> None:
+def begin(run: RunFolder, rescoring: Rescoring, stages: Sequence[RoundStage]) -> None:
     """Copies the scores of these stages, durably and in one rename: from here on the work is started."""
     staged = unique(run.tmp)
     with explaining(run.root / AGAIN):
-        for place in places:
-            source, target = run.folder(*place), staged / run.earlier_scores(*place).name
+        for stage in stages:
+            source, target = run.folder(*stage), staged / run.earlier_scores(*stage).name
             commit = committed(source)
             assert commit is not None
             target.mkdir(parents=True)
             for name in (NAME, *commit.files):
                 shutil.copyfile(source / name, target / name)
             (target / ONLY).write_bytes(json_bytes(with_hash({"only": list(rescoring.only)})))
-        record = {"from": rescoring.redo, "only": rescoring.only, "places": places}
+        record = {"from": rescoring.redo, "only": rescoring.only, "places": stages}
         (staged / RECORD).write_bytes(json_bytes(with_hash(record)))
         sync(*staged.rglob("*"), staged)
         staged.rename(run.root / AGAIN)
@@ -149,17 +149,17 @@ def _read(run: RunFolder) -> Rescoring | None:
         raise RunDamaged(f"{path} is not valid JSON. {fix}") from error
     if not isinstance(record, dict) or has_changed(record):
         raise RunDamaged(f"{path} has changed since it was written. {fix}")
-    places = frozenset((round_, name) for round_, name in record["places"])
-    left = frozenset(place for place in places if run.earlier_scores(*place).is_dir())
-    return Rescoring(record["from"], tuple(record["only"]), left)
+    stages = frozenset((round_, name) for round_, name in record["places"])
+    unfinished_stages = frozenset(stage for stage in stages if run.earlier_scores(*stage).is_dir())
+    return Rescoring(record["from"], tuple(record["only"]), unfinished_stages)
 
 
 def faults(run: RunFolder) -> Iterator[str]:
     """What is wrong with the scores that unfinished work is to keep."""
     try:
         rescoring = _read(run)
-        for place in sorted(rescoring.places) if rescoring else ():
-            folder = run.earlier_scores(*place)
+        for stage in sorted(rescoring.places) if rescoring else ():
+            folder = run.earlier_scores(*stage)
             commit = committed(folder)
             for name in commit.files if commit is not None else ():
                 check_file(folder / name)

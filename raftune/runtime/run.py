@@ -94,11 +94,11 @@ def root_of(config: RunConfig) -> Path:
 
 def check_writable(root: Path) -> None:
     """Raises StoreError where a new run could not write its directory; leaves nothing there."""
-    place = next(path for path in (root, *root.resolve().parents) if path.exists())
-    if not place.is_dir():
-        raise StoreError(f"output_dir must be a directory; {place} is a file. Choose another output_dir.")
+    parent = next(path for path in (root, *root.resolve().parents) if path.exists())
+    if not parent.is_dir():
+        raise StoreError(f"output_dir must be a directory; {parent} is a file. Choose another output_dir.")
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         raise StoreError(
@@ -119,9 +119,9 @@ def check_output_dir(folder: RunFolder) -> None:
         raise StoreError(f"output_dir must be a directory; {folder.root} is a file. Choose another output_dir.")
     if folder.exists() or folder.rounds() or not folder.root.is_dir():
         return
-    ours = {"LOCK", "tmp", "config.yaml", "events.jsonl", ENVIRONMENT}
-    ours |= {"trainer_state.json", "all_results.json"}  # a script's, which may be written before it trains
-    foreign = sorted(p.name for p in folder.root.iterdir() if p.name not in ours and "_results.json" not in p.name)
+    run_files = {"LOCK", "tmp", "config.yaml", "events.jsonl", ENVIRONMENT}
+    run_files |= {"trainer_state.json", "all_results.json"}  # a script's, which may be written before it trains
+    foreign = sorted(p.name for p in folder.root.iterdir() if p.name not in run_files and "_results.json" not in p.name)
     if foreign:
         raise StoreError(
             f"output_dir must be empty or hold a run; {folder.root} holds {', '.join(foreign[:3])}. "
@@ -152,7 +152,7 @@ def _save_config(folder: RunFolder, recorded: dict[str, Any] | None, resolved: d
 
     base = folder.base()
     chosen = moved(declared(validate(resolved)), base, folder.root)  # relative to the file, as all paths in YAML
-    place = Path(os.path.relpath(base, folder.root.resolve())).as_posix()
+    relative_base = Path(os.path.relpath(base, folder.root.resolve())).as_posix()
     versions: dict[str, str] = {}
     for name in LIBRARIES:
         try:
@@ -160,7 +160,7 @@ def _save_config(folder: RunFolder, recorded: dict[str, Any] | None, resolved: d
         except metadata.PackageNotFoundError:
             continue
     environment = {"python": platform.python_version(), "platform": platform.platform(), "libraries": versions}
-    known = folder.config_record().get("files", {}) if recorded == resolved else {}
+    recorded_files = folder.config_record().get("files", {}) if recorded == resolved else {}
     files = {}
     for name, content in (
         (ENVIRONMENT, json_bytes(environment)),
@@ -168,11 +168,11 @@ def _save_config(folder: RunFolder, recorded: dict[str, Any] | None, resolved: d
     ):
         path = folder.root / name
         files[name] = sha256_of(path) if path.is_file() else ""
-        if recorded != resolved or not path.is_file() or files[name] != known.get(name, files[name]):
+        if recorded != resolved or not path.is_file() or files[name] != recorded_files.get(name, files[name]):
             files[name] = sha256_hex([content])
             with stage_file(folder.tmp, path) as staged:
                 staged.write_bytes(content)
-    record = {"files": files, **({"folder": place} if has_paths(resolved, base) else {})}
+    record = {"files": files, **({"folder": relative_base} if has_paths(resolved, base) else {})}
     if recorded != resolved or record != folder.config_record():
         folder.write_config(resolved, record)
 

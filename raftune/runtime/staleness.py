@@ -75,11 +75,11 @@ def check(runtime: Runtime, redo: str | None = None, only: Sequence[str] = ()) -
                 f"add `--from {round_}/{_label(stage)}` to redo it and what follows."
             )
     if only and unfinished is None:
-        kept = [place for place in chosen if place in exact and not _reads_any(chosen[place], place[0], chosen)]
+        kept = [key for key in chosen if key in exact and not _reads_any(chosen[key], key[0], chosen)]
         rescoring.begin(run, again, kept)
     aside = _set_aside(runtime, chosen)
-    for place in sorted(over):  # their samples are generated again
-        discard(run.earlier_scores(*place), run.tmp)
+    for key in sorted(over):  # their samples are generated again
+        discard(run.earlier_scores(*key), run.tmp)
     return aside
 
 
@@ -164,26 +164,26 @@ def _set_aside(runtime: Runtime, chosen: dict[RoundStage, Stage]) -> list[str]:
     """
     if not chosen:
         return []
-    run, known = runtime.run, {(round_, stage.writes) for round_, stage in _table(runtime)}
+    run, configured = runtime.run, {(round_, stage.writes) for round_, stage in _table(runtime)}
     first = min(round_ for round_, _ in chosen)
-    orphans = [place for place in run.places() if place not in known and place[0] >= first]
+    orphans = [key for key in run.places() if key not in configured and key[0] >= first]
     names = [f"{stage.name} of round {r}" for (r, folder), stage in chosen.items() if run.is_committed(r, folder)]
-    for place in [*orphans, *reversed(chosen)]:
-        run.supersede(*place)
+    for key in [*orphans, *reversed(chosen)]:
+        run.supersede(*key)
     return names
 
 
 def _parse(redo: str, runtime: Runtime) -> tuple[int, str]:
     """ROUND/STAGE, or STAGE of the first round that has it. Raises ConfigError."""
-    number, _, wanted = redo.rpartition("/")
+    number, _, name = redo.rpartition("/")
     if number and not number.isdigit():
         raise ConfigError(f"--from must be STAGE or ROUND/STAGE; got {redo!r}. Write --from 3/select, for example.")
     for round_ in [int(number)] if number else [0, 1]:
         for stage in runtime.stages(round_):
-            if _label(stage) == wanted.replace(" ", "-"):
+            if _label(stage) == name.replace(" ", "-"):
                 return round_, stage.name
     for old, new in (("draw", "generate"), ("tune", "train")):  # the names of raftune 0.1
-        if wanted in (old, f"evaluation-{old}"):
+        if name in (old, f"evaluation-{old}"):
             raise ConfigError(
                 f"--from {redo}: {old} is called {new} since raftune 0.2. Write --from {redo.replace(old, new)}."
             )

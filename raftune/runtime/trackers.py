@@ -136,8 +136,8 @@ def check_installed(names: Sequence[str]) -> None:
     installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(map(str, LOGGER_TYPE_TO_CLASS))
-            raise ConfigError(f"report_to must name trackers; got {name!r}. There are {known}.")
+            choices = ", ".join(map(str, LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(f"report_to must name trackers; got {name!r}. There are {choices}.")
         if name in {str(kind) for kind in LoggerType} and name not in installed:
             package = name.replace("_", "-")
             raise ConfigError(

@@ -39,8 +39,8 @@ def faults_of(run: RunFolder) -> list[str]:
 def check_config_file(run: RunFolder) -> None:
     """Raises RunDamaged where config.yaml differs from the configuration that the run is resumed under."""
     path = run.root / YAML
-    known = run.config_record().get("files", {}).get(YAML)
-    if known is None or not path.is_file() or sha256_of(path) == known:
+    recorded = run.config_record().get("files", {}).get(YAML)
+    if recorded is None or not path.is_file() or sha256_of(path) == recorded:
         return
     changed = difference_to_yaml(path, json.loads((run.root / CONFIG).read_bytes()))
     fields = [f"{name} is {new!r} there and was {old!r}" for name, (old, new) in changed.items()]
@@ -54,11 +54,11 @@ def check_config_file(run: RunFolder) -> None:
 
 def _top_level(run: RunFolder) -> Iterator[str]:
     """Faults of the files that were written with the configuration, and of the event log."""
-    for name, known in sorted(run.config_record().get("files", {}).items()):
+    for name, sha256 in sorted(run.config_record().get("files", {}).items()):
         path = run.root / name
         if not path.is_file():
             yield f"{path} is missing"
-        elif sha256_of(path) != known:
+        elif sha256_of(path) != sha256:
             yield f"{path} has changed since it was written (its SHA-256 differs)"
     path = run.events.path
     if not path.is_file():
@@ -84,17 +84,17 @@ def _journals(run: RunFolder) -> Iterator[str]:
             try:
                 entry = json.loads(line)
                 chunk = path.parent / chunk_file(entry["chunk"])
-                whole = chunk.name == entry["file"] and sha256_of(chunk) == entry["sha256"]
+                unchanged = chunk.name == entry["file"] and sha256_of(chunk) == entry["sha256"]
             except (OSError, ValueError, KeyError, TypeError):
                 yield f"{path} line {number} is no journal entry of a chunk; `raftune resume` runs that chunk again"
                 continue
-            if not whole:
+            if not unchanged:
                 yield f"{chunk} has changed since it was written; `raftune resume` runs that chunk again"
 
 
 def _uncommitted(run: RunFolder) -> Iterator[str]:
     """Stages without a manifest of rounds that are over, which have files or must have been run."""
-    committed = {place for place in run.places() if run.is_committed(*place)}
+    committed = {key for key in run.places() if run.is_committed(*key)}
     config = run.read_config()
     last = {"model", "rows"}  # the stages of a round that no other stage of it reads
     last |= {"evaluate"} if config.get("evaluation", {}).get("num_prompts") else set()

@@ -48,16 +48,16 @@ class DataStage(SingleStage):
 
     def run(self, inputs: StageInputs, out: Path) -> tuple[str, ...]:
         data, evaluation = self.config.data, self.config.evaluation
-        wanted = evaluation.num_prompts
-        train, held_out = self.train(), self.held_out() if wanted else None
+        num_prompts = evaluation.num_prompts
+        train, held_out = self.train(), self.held_out() if num_prompts else None
         if train is not None and data.limit is not None:
             train = train.slice(0, data.limit)
         if held_out is not None:
-            held_out = held_out.slice(0, wanted)
+            held_out = held_out.slice(0, num_prompts)
             train = held_out.slice(0, 0) if train is None else train
         else:
             assert train is not None  # the configuration names one or the other
-            train, held_out = hold_out(train, wanted)
+            train, held_out = hold_out(train, num_prompts)
         for column in self.config.sampling.candidate_columns if self.config.num_rounds else ():
             if column not in train.column_names:
                 raise DataError(
@@ -78,7 +78,7 @@ class DataStage(SingleStage):
             "overlap": sum(_content_of(name) in trained for name in held_out.column("prompt_id").to_pylist()),
         }
         dump_json(out / "notes.json", notes)
-        few = held_out_words(held_out.num_rows, wanted) if self.config.num_rounds else ""
+        few = held_out_words(held_out.num_rows, num_prompts) if self.config.num_rounds else ""
         return (few,) if few else ()
 
     def train(self) -> pa.Table | None:
@@ -93,11 +93,11 @@ class DataStage(SingleStage):
             self.given_held_out, evaluation.prompts, evaluation.split, "held_out", "evaluation.prompts"
         )
 
-    def _prompts(self, given: Source | None, source: str | None, split: str, part: str, field: str) -> pa.Table | None:
+    def _prompts(self, load: Source | None, source: str | None, split: str, part: str, field: str) -> pa.Table | None:
         """The prompts of a Python object, of a data set, or of this part of another run, with their ids there."""
         column, columns = self.config.data.prompt_column, self.config.data.columns
-        if given is not None:
-            return prepare(_renamed(given(), columns), column, field)
+        if load is not None:
+            return prepare(_renamed(load(), columns), column, field)
         if source is None:
             return None
         if not (run := RunFolder(Path(source).expanduser())).exists():
@@ -176,12 +176,12 @@ def _without_padding(rows: pa.Table, column: str) -> pa.Table:
     An Arrow struct (of a `datasets.Dataset`, of Parquet) does not tell these from a None in the data, and templates
     test whether a key is there. Rows read from JSON or Python have the type JsonType, and stay.
     """
-    for place, name in enumerate(rows.column_names):
-        kind = rows.schema.field(place).type
+    for index, name in enumerate(rows.column_names):
+        kind = rows.schema.field(index).type
         if name in (column, TOOLS) and kind != JsonType() and pa.types.is_nested(kind):
-            values = rows.column(place)
+            values = rows.column(index)
             if any(without_none(value) != value for value in _values_of(values)):
-                rows = rows.set_column(place, name, arrow_array([without_none(value) for value in _values_of(values)]))
+                rows = rows.set_column(index, name, arrow_array([without_none(value) for value in _values_of(values)]))
     return rows
 
 
@@ -196,7 +196,7 @@ def _content_of(prompt_id: str) -> str:
     return prompt_id.rsplit("-", 1)[0]
 
 
-def hold_out(train: pa.Table, wanted: int) -> tuple[pa.Table, pa.Table]:
+def hold_out(train: pa.Table, num_prompts: int) -> tuple[pa.Table, pa.Table]:
     """Splits off about a tenth of the prompts, equal ones together, by their hash alone: the same in every run.
 
     Of fewer than fifty prompts it takes FEWEST_UNITS, so that a mean has an interval, but at most a third; of fewer
@@ -205,7 +205,7 @@ def hold_out(train: pa.Table, wanted: int) -> tuple[pa.Table, pa.Table]:
     contents = [_content_of(name) for name in train.column("prompt_id").to_pylist()]
     rows, share = train.num_rows, 0
     if len(set(contents)) > 1 and rows >= 10:
-        share = min(wanted, max(rows // 10, min(FEWEST_UNITS, rows // 3)))
+        share = min(num_prompts, max(rows // 10, min(FEWEST_UNITS, rows // 3)))
     order = np.argsort([derive_seed("hold out", content) for content in contents], kind="stable")
     chosen = {contents[i] for i in order[:share]}
     mask = pa.array([content in chosen for content in contents])
@@ -220,13 +220,13 @@ def few_words(prompts: int) -> str:
     )
 
 
-def held_out_words(held_out: int, wanted: int) -> str:
+def held_out_words(held_out: int, num_prompts: int) -> str:
     """A warning about few held-out prompts, or fewer than configured; empty where there are enough."""
-    if not wanted or held_out >= max(FEWEST_UNITS, min(wanted, 2 * FEWEST_UNITS)):
+    if not num_prompts or held_out >= max(FEWEST_UNITS, min(num_prompts, 2 * FEWEST_UNITS)):
         return ""
     if not held_out:
         return "no prompt is held out (fewer than 10, or all alike): rounds are not judged, and the last is published"
     few = f"; the best round is chosen {few_words(held_out)}" if held_out < FEWEST_UNITS else ""
-    some = f"{held_out} of the {wanted} prompts that evaluation.num_prompts asks for"
-    have = some if held_out < wanted else counted(held_out, "prompt")
+    some = f"{held_out} of the {num_prompts} prompts that evaluation.num_prompts asks for"
+    have = some if held_out < num_prompts else counted(held_out, "prompt")
     return f"{have} {'is' if held_out == 1 else 'are'} held out{few}"

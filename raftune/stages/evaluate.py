@@ -46,7 +46,7 @@ class FeaturesStage(ChunkedStage):
         images = samples.filter(valid)
         features = self.extractor().image_features(LazyImages(images.column("completion"), images.column("sample_id")))
         vectors = iter(features.tolist())
-        rows = pa.array([next(vectors) if there else None for there in valid.to_pylist()], pa.list_(pa.float32()))
+        rows = pa.array([next(vectors) if is_image else None for is_image in valid.to_pylist()], pa.list_(pa.float32()))
         write_table(samples.select(IDENTITY).append_column("features", rows), out, metadata)
         return ()
 
@@ -140,8 +140,8 @@ class EvaluateStage(SingleStage):
                     if name not in IDENTITY:
                         table = table.append_column(f"{prefix}{name}{suffix}", other.column(name))
             if start is not None:
-                places = pa.array([rows.get(key) for key in _keys(table)], pa.int64())
-                table = table.append_column("features_start", start.column("features").take(places))
+                numbers = pa.array([rows.get(key) for key in _keys(table)], pa.int64())
+                table = table.append_column("features_start", start.column("features").take(numbers))
             tables.append(self.condense(table) if self.condense is not None else table)
         return pa.concat_tables(tables, promote_options="default")  # not every chunk has each logged column
 
@@ -157,7 +157,7 @@ class EvaluateStage(SingleStage):
             "features": "features" in names,
             INVALID: INVALID in names,
         }
-        return frozenset(name for name, there in has.items() if there)
+        return frozenset(name for name, present in has.items() if present)
 
 
 def _keys(samples: pa.Table) -> list[tuple[str, int]]:

@@ -80,11 +80,11 @@ class GatherStage(SingleStage):
         """Reference completions, chosen by seed, as many as make up the configured share of all rows."""
         rows = reference_rows(config)
         completions, prompts = rows.column(config.completion_column), prompts_of(rows, config)
-        wanted = min(round(others * config.fraction / (1 - config.fraction)), rows.num_rows)
+        count = min(round(others * config.fraction / (1 - config.fraction)), rows.num_rows)
         generator = np.random.Generator(np.random.Philox(derive_seed("reference", self.seed, self.round)))
         policy = self.policies.encoder(inputs["model@-1"])
         encoded = []
-        for number in sorted(generator.permutation(rows.num_rows)[:wanted].tolist()):
+        for number in sorted(generator.permutation(rows.num_rows)[:count].tolist()):
             row = {name: prompts.column(name)[number].as_py() for name in prompts.column_names}
             prompt = Prompt(row.pop("prompt_id"), row.pop("prompt"), row)
             encoded.append(

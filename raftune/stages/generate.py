@@ -102,8 +102,9 @@ class TeacherStage(ChunkedStage):
             samples.append(encoded(policy, chunk, prompt, k, sample.completion, "teacher", sample.seed, "teacher"))
         write_table(as_table(samples, policy), out, metadata)
         record = teacher.backend() if isinstance(teacher, SupportsBackends) else None
-        way = () if record is None else (f"the teacher generates by {generation_words(record, distance=False)}",)
-        return (*teacher.notes(), *way)
+        if record is None:
+            return teacher.notes()
+        return (*teacher.notes(), f"the teacher generates by {generation_words(record, distance=False)}")
 
 
 def encoded(
@@ -138,11 +139,11 @@ def generate_samples(policy: Policy, chunk: Chunk) -> list[Sample]:
             f"{name}.generate must return a sample for each seed of each prompt of the chunk, {len(planned)} here; got "
             f"{len(samples)}. docs/families.md shows the order."
         )
-    for number, (sample, wanted) in enumerate(zip(samples, planned, strict=True)):
+    for number, (sample, expected) in enumerate(zip(samples, planned, strict=True)):
         actual = (sample.id, sample.prompt_id, sample.k, sample.source, sample.seed, sample.version)
-        if actual != wanted:
+        if actual != expected:
             names = ("id", "prompt_id", "k", "source", "seed", "version")
-            field, was, should = next(f for f in zip(names, actual, wanted, strict=True) if f[1] != f[2])
+            field, was, should = next(f for f in zip(names, actual, expected, strict=True) if f[1] != f[2])
             raise ModelError(
                 f"{name}.generate must return its samples prompt by prompt, k ascending, each with its own seed; "
                 f"sample {number} has {field} {was!r} where {should!r} was asked for. docs/families.md shows the order."

@@ -109,12 +109,12 @@ class GuardStage(SingleStage):
 
 def _first_of_each(groups: IntArray, generated: BoolArray, counts: IntArray) -> BoolArray:
     """(N,) the control: of each prompt its first counts[prompt] generated samples, whatever they scored."""
-    place = np.full(len(groups), np.iinfo(np.int64).max)
+    position = np.full(len(groups), np.iinfo(np.int64).max)
     rows = np.flatnonzero(generated)
     rows = rows[np.argsort(groups[rows], kind="stable")]
     sizes = np.bincount(groups[rows], minlength=len(counts))
-    place[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.asarray(place < counts[groups])
+    position[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.asarray(position < counts[groups])
 
 
 def _beside(table: pa.Table, other: pa.Table) -> pa.Table:

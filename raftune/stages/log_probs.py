@@ -52,11 +52,11 @@ class LogProbsStage(ChunkedStage):
         version = inputs[self.model].parent.name
         generated = np.array([name == version for name in samples.column("version").to_pylist()])
         values = np.where(generated, policy.recorded_log_probs(samples), np.nan)
-        left = np.flatnonzero(np.isnan(values))
-        if len(left):
+        missing = np.flatnonzero(np.isnan(values))
+        if len(missing):
             prompts = prompts_of_samples(inputs[self.plan], index, samples)
             size = int(metadata.get("batch_size", read_plan(inputs[self.plan])["batch_size"]))
-            values[left] = policy.log_probs([prompts[i] for i in left], samples.take(pa.array(left)), size)
+            values[missing] = policy.log_probs([prompts[i] for i in missing], samples.take(pa.array(missing)), size)
         table = samples.select(["sample_id"]).append_column("log_prob", pa.array(values, pa.float64()))
         write_table(table, out, metadata)
         return ()
@@ -134,10 +134,10 @@ def check_references(held_out: pa.Table, column: str) -> None:
         )
 
 
-def _no_such_column(column: str, known: Sequence[str]) -> DataError:
+def _no_such_column(column: str, columns: Sequence[str]) -> DataError:
     return DataError(
         f"evaluation.reference_column must name a column of the held-out prompts; got {column!r}, and they have "
-        f"{', '.join(known) or 'no other columns'}. Name one of these, or leave it out."
+        f"{', '.join(columns) or 'no other columns'}. Name one of these, or leave it out."
     )
 
 

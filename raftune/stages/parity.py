@@ -52,14 +52,14 @@ def generation_words(
     """
     if "own" in record:
         return f"{record['own']}, a backend of your own"
-    way = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
+    backend = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
     parts = ["shared prefix (a prompt is computed once for all of its completions)"]
-    if way != "forked":
+    if backend != "forked":
         parts = [f"`generate`, slower than a shared prefix: {record.get('why') or record['forked']}"]
-    if distance and (nats := record["distances"].get(way)) is not None:
+    if distance and (nats := record["distances"].get(backend)) is not None:
         limit = float(record["allowed"])
         parts.append(f"{float(nats):.0e} nats a token from a plain forward on its own prompts, {limit:g} allowed")
-    if way == "forked" and record.get("scoring"):
+    if backend == "forked" and record.get("scoring"):
         parts.append("log-probabilities of completions row by row")
     if probe is not None:
         merged = "merged into the weights" if probe["merge"] else "beside the weights, whose 16 bits cannot hold it"

@@ -124,11 +124,11 @@ def prompts_of_samples(folder: Path, index: int, samples: pa.Table) -> list[Prom
 
 def take(path: Path, rows: list[int]) -> pa.Table:
     """These rows of a file in this order, read group by group: memory is that of the rows taken."""
-    wanted = np.array(rows, dtype=np.int64)
-    order = np.argsort(wanted, kind="stable")
+    numbers = np.array(rows, dtype=np.int64)
+    order = np.argsort(numbers, kind="stable")
     parts, at = [], 0
     for group in read_groups(path):
-        inside = wanted[order[(wanted[order] >= at) & (wanted[order] < at + group.num_rows)]]
+        inside = numbers[order[(numbers[order] >= at) & (numbers[order] < at + group.num_rows)]]
         parts.append(group.take(pa.array(inside - at)))
         at += group.num_rows
     return pa.concat_tables(parts).take(pa.array(np.argsort(order, kind="stable")))

@@ -127,9 +127,9 @@ def refusal(result: PromptCheck, data: DataStage) -> str:
     """How many prompts cannot be used, the rows of the first, and why the first cannot."""
     refused = result.refused
     more = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
-    where = f"{', '.join(_places([*refused][:_NAMED], data))}{more}"
+    names = f"{', '.join(_places([*refused][:_NAMED], data))}{more}"
     return (
-        f"{len(refused)} of {counted(result.total, 'prompt')} cannot be used ({where}): {next(iter(refused.values()))}"
+        f"{len(refused)} of {counted(result.total, 'prompt')} cannot be used ({names}): {next(iter(refused.values()))}"
     )
 
 

@@ -55,9 +55,9 @@ class ScoreStage(ChunkedStage):
         samples = read_shards([inputs[name] for name in self.shards], index)
         kept, metrics, facts = _kept_scores(self.scratch, index, samples)
         earlier = {}
-        for place, row in kept.items():
+        for row_index, row in kept.items():
             parts = {n: RewardPart(row[f"rewards/{n}"], ScoreStatus(row[f"status/{n}"])) for n in panel.names}
-            earlier[place] = Score(row["score"], ScoreStatus(row["status"]), parts, row["detail"])
+            earlier[row_index] = Score(row["score"], ScoreStatus(row["status"]), parts, row["detail"])
         scores = panel.score_samples(prompts_of_samples(inputs[self.plan], index, samples), samples, earlier)
         extras = panel.extras
         for name, mean in extras.metrics.items():
@@ -67,7 +67,7 @@ class ScoreStage(ChunkedStage):
             metrics[name] = [(before * number + mean * count) / total, total] if number else [mean, count]
         if metrics:
             facts[METRICS] = json.dumps(metrics, sort_keys=True)
-        logged = {place: extras_of(row) for place, row in kept.items()}
+        logged = {row_index: extras_of(row) for row_index, row in kept.items()}
         missing = [None] * samples.num_rows
         columns = {}
         for name in dict.fromkeys([*extras.columns, *(name for row in logged.values() for name in row)]):
@@ -88,7 +88,7 @@ def _kept_scores(
     path, only = check_file(folder / chunk_file(chunk)), read_only(folder)
     rows = {row["sample_id"]: row for row in read_table(path).to_pylist() if not statuses_in(row).intersection(only)}
     names = samples.column("sample_id").to_pylist()
-    kept = {place: rows[name] for place, name in enumerate(names) if name in rows}
+    kept = {i: rows[name] for i, name in enumerate(names) if name in rows}
     facts = {"only": only, "asked": len(names) - len(kept), "kept": len(kept)}
     return kept, _metrics_in(path), {KEPT: json.dumps(facts, sort_keys=True)}
 

@@ -109,8 +109,8 @@ class SelectStage(SingleStage):
         scores = pc.if_else(usable, table.column("score"), None).to_numpy(zero_copy_only=False).astype(np.float64)
         ranked = scores
         if self.regularised:
-            ours, start = (inputs[name] / chunk_file(chunk) for name in self.regularised)
-            ranked = scores - self.config.beta * log_ratio(ours, start)
+            current, start = (inputs[name] / chunk_file(chunk) for name in self.regularised)
+            ranked = scores - self.config.beta * log_ratio(current, start)
         group = pc.index_in(table.column("prompt_id"), value_set=prompts).to_numpy().astype(np.int64)
         paths = [inputs[name] / chunk_file(chunk) for name in self.shards]
         length, content = np.zeros(table.num_rows, np.int64), np.zeros(table.num_rows, np.uint64)
@@ -144,9 +144,9 @@ class SelectStage(SingleStage):
                 if len(examples) < _SHOWN:
                     examples.setdefault(why, name)
         if invalid and not total:
-            whole = ", ".join(f"{n} {why}" for why, n in invalid.most_common(3))
+            reasons = ", ".join(f"{n} {why}" for why, n in invalid.most_common(3))
             raise ModelError(
-                f"all {invalid.total()} samples of the round are invalid ({whole}): there is nothing to learn from. "
+                f"all {invalid.total()} samples of the round are invalid ({reasons}): there is nothing to learn from. "
                 "Fix the policy or how it is generated, and run `raftune resume RUN --from generate`."
             )
         if total and failed.total() > self.max_failures * total:
@@ -228,8 +228,8 @@ def _mean(values: FloatArray) -> float | None:
 
 def log_ratio(path: Path, start: Path) -> FloatArray:
     """log p - log p0 of each sample of a chunk, nats, from the files of log-probabilities of both models."""
-    ours, theirs = (read_table(file, ["log_prob"]).column("log_prob").to_numpy() for file in (path, start))
-    return np.asarray(ours - theirs, dtype=np.float64)
+    logp, start_logp = (read_table(file, ["log_prob"]).column("log_prob").to_numpy() for file in (path, start))
+    return np.asarray(logp - start_logp, dtype=np.float64)
 
 
 def lengths(path: Path) -> IntArray:

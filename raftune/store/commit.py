@@ -169,8 +169,8 @@ class Manifest:
         self, folder: Path, name: str, dropped: DroppedFiles | None, hash_of: Callable[[Path], str] = sha256_of
     ) -> str:
         """How a listed file differs from what was committed, and from what it became when columns were dropped."""
-        known = [self.files[name], *([dropped.files[name]] if dropped and name in dropped.files else [])]
-        return file_fault(folder / name, known, hash_of)
+        entries = [self.files[name], *([dropped.files[name]] if dropped and name in dropped.files else [])]
+        return file_fault(folder / name, entries, hash_of)
 
     def faults(self, folder: Path, dropped: DroppedFiles | None = None) -> list[str]:
         """What differs between the folder and this manifest, a line each; none when all is as it was committed.
@@ -193,13 +193,13 @@ class Manifest:
         return [name for name in sorted(self.files) if not gone or (folder / name).is_file()]
 
 
-def file_fault(path: Path, known: list[FileEntry], hash_of: Callable[[Path], str] = sha256_of) -> str:
+def file_fault(path: Path, entries: list[FileEntry], hash_of: Callable[[Path], str] = sha256_of) -> str:
     """How a file differs from each of its known entries; empty where it equals one."""
     if not path.is_file():
         return f"{path} is missing"
-    if (size := path.stat().st_size) not in [entry.bytes for entry in known]:
-        return f"{path} has {size} bytes; {known[-1].bytes} were committed"
-    if hash_of(path) not in [entry.sha256 for entry in known]:
+    if (size := path.stat().st_size) not in [entry.bytes for entry in entries]:
+        return f"{path} has {size} bytes; {entries[-1].bytes} were committed"
+    if hash_of(path) not in [entry.sha256 for entry in entries]:
         return f"{path} has changed since it was committed (its SHA-256 differs)"
     return ""
 

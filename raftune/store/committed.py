@@ -134,7 +134,7 @@ def read_json(path: Path) -> Any:
 def committed(folder: Path) -> Manifest | None:
     """The folder's manifest, None without one; read anew only where it has changed. Raises RunDamaged, RunTooNew."""
     signature = _signature(folder / NAME)
-    return None if signature is None else _manifest(folder, signature)
+    return None if signature is None else _load(Manifest, folder, signature)
 
 
 def is_listed(path: Path) -> bool:
@@ -157,8 +157,8 @@ def fix_of(folder: Path, commit: Manifest | None = None) -> str:
     if commit is None:
         verify = shell_command("raftune", "verify", above.parent)
         return f"Restore it, or redo its stage; {verify} lists what is damaged."
-    place = f"{int(above.name.removeprefix('round-'))}/{commit.stage.replace(' ', '-')}"
-    redo = shell_command("raftune", "resume", above.parent, "--from", place)
+    stage = f"{int(above.name.removeprefix('round-'))}/{commit.stage.replace(' ', '-')}"
+    redo = shell_command("raftune", "resume", above.parent, "--from", stage)
     return f"Restore it, or redo its stage and what follows with `{redo}`."
 
 
@@ -179,19 +179,14 @@ def _covering(path: Path) -> tuple[Path, Manifest | None]:
     return path, None
 
 
-@lru_cache(maxsize=10_000)
-def _manifest(folder: Path, signature: Signature) -> Manifest | None:
-    return Manifest.load(folder)
-
-
-@lru_cache(maxsize=10_000)
-def _marker(folder: Path, signature: Signature) -> DroppedFiles | None:
-    return DroppedFiles.load(folder)
+@lru_cache(maxsize=20_000)
+def _load(kind: type[Any], folder: Path, signature: Signature) -> Any:
+    return kind.load(folder)
 
 
 def _dropped(folder: Path) -> DroppedFiles | None:
     signature = _signature(folder / MARKER)
-    return None if signature is None else _marker(folder, signature)
+    return None if signature is None else _load(DroppedFiles, folder, signature)
 
 
 def _signature(path: Path) -> Signature | None:

@@ -42,7 +42,7 @@ _MODE = 0o666 & ~_UMASK
 
 
 @contextlib.contextmanager
-def explaining(*places: Path) -> Iterator[None]:
+def explaining(*paths: Path) -> Iterator[None]:
     """Turns the operating system's refusal to write at one of these places into a StoreError that names the fix.
 
     A full disk is reported wherever it occurs, also where torch or safetensors raise an error of their own.
@@ -55,11 +55,11 @@ def explaining(*places: Path) -> Iterator[None]:
         refusal = _refusal_to_write(error)
         if refusal is None:
             raise
-        name, code = str(refusal.filename or places[0]), refusal.errno or 0
+        name, code = str(refusal.filename or paths[0]), refusal.errno or 0
         if code in _FULL:
             fix = "Free some space and run the same command again: what is committed is intact"
             raise StoreError(f"cannot write {name}: {_FULL[code]}. {fix}.") from error
-        if code in _FORBIDDEN and any(name.startswith(str(place)) for place in places):
+        if code in _FORBIDDEN and any(name.startswith(str(path)) for path in paths):
             raise StoreError(f"cannot write {name}: {_FORBIDDEN[code]}.") from error
         raise
 

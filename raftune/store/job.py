@@ -153,10 +153,10 @@ def journal_of(job: StageJob) -> dict[int, JournalEntry]:
             facts = json.loads(line)
             same_job = facts.pop("key") == job.key
             entry = JournalEntry(**facts)
-            whole = same_job and sha256_of(job.folder / entry.file) == entry.sha256
+            unchanged = same_job and sha256_of(job.folder / entry.file) == entry.sha256
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
-        if whole and entry.file == chunk_file(entry.chunk):
+        if unchanged and entry.file == chunk_file(entry.chunk):
             entries[entry.chunk] = entry
     return entries
 

@@ -77,9 +77,9 @@ def drop_columns(folder: Path, tmp: Path, columns: Sequence[str], why: str) -> N
     The manifest and the keys made from it stay as they are. First the marker lists what a file will be, then the file
     is replaced: a kill between the two leaves it as committed, and the next call continues from there.
     """
-    commit, known = Manifest.load(folder), DroppedFiles.load(folder)
+    commit, dropped = Manifest.load(folder), DroppedFiles.load(folder)
     assert commit is not None, "the stage must be committed"
-    files = dict(known.files) if known is not None else {}
+    files = dict(dropped.files) if dropped is not None else {}
     for name in sorted(name for name in commit.files if name.endswith(".parquet")):
         path = folder / name
         if name in files and files[name].bytes == path.stat().st_size:
@@ -89,9 +89,9 @@ def drop_columns(folder: Path, tmp: Path, columns: Sequence[str], why: str) -> N
             continue
         table, (_, metadata) = read_table(path), read_metadata(path)
         for column in present:
-            place = table.schema.get_field_index(column)
-            nulls = pa.nulls(table.num_rows, table.schema.types[place])
-            table = table.set_column(place, table.schema.field(column), nulls)
+            index = table.schema.get_field_index(column)
+            nulls = pa.nulls(table.num_rows, table.schema.types[index])
+            table = table.set_column(index, table.schema.field(column), nulls)
         with stage_file(tmp, path) as staged:
             write_table(table, staged, metadata)
             files[name] = FileEntry.of(staged, commit.files[name].rows)

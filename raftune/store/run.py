@@ -147,8 +147,8 @@ class RunFolder:
 
     def recorded(self, name: str) -> Path:
         """A file that was written with the configuration. Raises RunDamaged where it has changed or is missing."""
-        path, known = self.root / name, self.config_record().get("files", {}).get(name)
-        if known is not None and (not path.is_file() or sha256_of(path) != known):
+        path, sha256 = self.root / name, self.config_record().get("files", {}).get(name)
+        if sha256 is not None and (not path.is_file() or sha256_of(path) != sha256):
             how = "has changed since it was written" if path.is_file() else "is missing"
             verify = shell_command("raftune", "verify", self.root)
             raise RunDamaged(f"{path} {how}. Restore it; `{verify}` says what else is damaged.")
@@ -169,8 +169,8 @@ class RunFolder:
         current working directory.
         """
         folder = self._recorded_base()
-        place = self.root / folder if folder is not None else Path.cwd()
-        return place.resolve() if place.is_dir() else Path.cwd()
+        path = self.root / folder if folder is not None else Path.cwd()
+        return path.resolve() if path.is_dir() else Path.cwd()
 
     def configuration(self) -> RunConfig:
         """The configuration, its paths relative to the working directory. Raises what `read_config` raises."""
@@ -209,10 +209,10 @@ class RunFolder:
         if self.is_committed(round_, name):
             return True
         folder = self.folder(round_, name)
-        commits = [committed(self.folder(*place)) for place in self.places([round_])]
+        commits = [committed(self.folder(*key)) for key in self.places([round_])]
         used = any(commit is not None and f"{round_}/{name}" in commit.inputs for commit in commits)
         if not used and holds_files(folder):  # is the round over?
-            started = any(self.is_committed(*place) for place in self.places([round_ + 1]))
+            started = any(self.is_committed(*key) for key in self.places([round_ + 1]))
             used = started or self.events.last().get("event") == "end"
         if used:
             raise RunDamaged(f"{folder / NAME} is missing. {fix_of(folder)}")
@@ -255,8 +255,8 @@ class RunFolder:
 
         Stages in `without` are skipped. Raises RunTooNew.
         """
-        pairs = [self._faults(*place) for place in self.places() if place not in without]
-        return [fault for damaged, _ in pairs for fault in damaged] + [fault for _, made in pairs for fault in made]
+        pairs = [self._faults(*key) for key in self.places() if key not in without]
+        return [fault for faults in zip(*pairs, strict=True) for part in faults for fault in part]
 
     def faults_of(self, round_: int, name: str) -> list[str]:
         """What is damaged in one stage's folder, a line each. Raises RunTooNew."""
