@@ -65,9 +65,7 @@ def train_reward_model(
     same configuration, it resumes from the last checkpoint. A model that is not better than chance stays under work/,
     unless `allow_chance`. Raises ConfigError, DataError, ModelError, StoreError.
     """
-    with open_training(
-        config, config.output_dir, "raftune reward train", has_work=_has_work, without_effect=WITHOUT_EFFECT
-    ) as run:
+    with open_training(config, "raftune reward train", has_work=_has_work, without_effect=WITHOUT_EFFECT) as run:
         root, model, candidate = run.root, run.root / "model", run.root / "work" / "model"
         worked = not (root / REPORT).is_file()
         if worked:

@@ -65,7 +65,7 @@ def sft(config: SftConfig, observe: Callback = lambda kind, facts: None) -> SftO
     def has_work(root: Path) -> bool:
         return (root / DATA).exists()
 
-    with open_training(config, config.output_dir, "raftune sft", has_work=has_work, stale=("start",)) as folder:
+    with open_training(config, "raftune sft", has_work=has_work, stale=("start",)) as folder:
         worked = SftRun(folder, config, observe).work()
     return SftOutcome(folder.root, json.loads((folder.root / REPORT).read_bytes()), worked)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from raftune.config.load import differences, validate_as
 from raftune.errors import ConfigChanged, ConfigError, StoreError
@@ -21,8 +21,7 @@ HELD_OUT, SKIPPED = "held_out.parquet", "skipped.jsonl"
 
 @contextlib.contextmanager
 def open_training(
-    config: BaseModel,
-    output_dir: str,
+    config: Any,
     command: str,
     *,
     has_work: Callable[[Path], bool],
@@ -35,27 +34,24 @@ def open_training(
     configuration and deletes what is `stale`. without_effect: fields on which no result depends. Raises StoreError
     where the directory holds something else, ConfigChanged where there is work of another configuration.
     """
-    folder = RunFolder(Path(output_dir).expanduser())
+    folder = RunFolder(Path(config.output_dir).expanduser())
     root, path = folder.root, folder.root / CONFIG
     must = f"output_dir must be empty or hold an earlier `{command}`;"
-    current = config.model_dump(mode="json", exclude=set(without_effect))
-    earlier = None
+    options: Any = {"mode": "json", "exclude": set(without_effect)}
+    current, earlier = config.model_dump(**options), {}
     if path.is_file():  # checked before anything in the directory is touched
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            model = validate_as(type(config), {**content, "output_dir": output_dir})
+            earlier = validate_as(type(config), {**content, "output_dir": config.output_dir}).model_dump(**options)
         except (ConfigError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise StoreError(f"{must} {path} is not one's: {first_line(error)} Choose another output_dir.") from error
-        earlier = model.model_dump(mode="json", exclude=set(without_effect))
+            raise StoreError(f"{must} {path} is not one's: {first_line(error)}. Choose another output_dir.") from error
     elif root.is_dir():
         names = {child.name for child in root.iterdir()}
         cleared = {"LOCK", "tmp"} if "LOCK" in names or not any((root / "tmp").glob("*")) else set()
         if foreign := sorted(names - cleared):
             raise StoreError(f"{must} {root} holds {', '.join(foreign[:3])}. Choose another output_dir.")
     with folder.lock():
-        changed = {
-            name: change for name, change in differences(earlier or {}, current).items() if not _is_same_file(*change)
-        }
+        changed = {name: change for name, change in differences(earlier, current).items() if not _is_same_file(*change)}
         if earlier and changed and has_work(root):
             lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in sorted(changed.items())]
             head = f"{root} holds the work of another configuration:"
