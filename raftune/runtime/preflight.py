@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Iterator
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from raftune.config.guards import ALIKE_ALARMS, PICTURE_ALARMS, TEXT_ALARMS
 from raftune.config.sampling import load_backend
 from raftune.config.selection import Random, TopM
 from raftune.config.training import CustomTraining
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, RunDamaged
 from raftune.evaluation.metrics import load_metrics
 from raftune.protocols import SupportsBackends, SupportsObjectives, SupportsPromptCheck, SupportsTrainer
 from raftune.records import LATENTS
@@ -56,7 +57,8 @@ def preflight(runtime: Runtime) -> None:
         raise ConfigError("\n".join(findings))
     if runtime.run.is_committed(0, "data"):  # otherwise the data stage checks the columns
         data = runtime.run.folder(0, "data")
-        runtime.check_columns(*(column_names(data / f"{part}.parquet") for part in ("train", "held_out")))
+        with contextlib.suppress(RunDamaged):  # reported later, unless the stage is redone
+            runtime.check_columns(*(column_names(data / f"{part}.parquet") for part in ("train", "held_out")))
 
 
 def _needs_log_probs(runtime: Runtime, field: str, value: str, fix: str, leave: str) -> str:
