@@ -212,7 +212,7 @@ class PipelineAdapter:
 
     def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The denoiser's inputs besides latents and time, for architectures that take latents as they are."""
-        raise NotImplementedError
+        return {}
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         """(N, C, h, w) the clean latents of images that were not generated here."""

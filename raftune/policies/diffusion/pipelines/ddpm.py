@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,6 @@ class DDPM(PipelineAdapter):
             output_type="pt",  # "np" fails in bfloat16
             **call.kwargs,
         )
-
-    def inputs(self, x_t: torch.Tensor, conditions: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        return {}
 
     def to_latents(self, images: Sequence[Image.Image], generator: torch.Generator) -> torch.Tensor:
         pixels = pixels_of(images, next(self.denoiser.parameters()))
