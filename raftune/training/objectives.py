@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from raftune.arrays import FloatArray
 from raftune.config.extensions import GUIDE, code_hash, load_extension, register
 from raftune.config.training import CustomTraining, SftTraining, TrainingConfig
-from raftune.errors import ConfigError, ExtensionError
+from raftune.errors import ConfigError, DataError, ExtensionError
 from raftune.protocols import LearnedModel, Objective
 
 Normalization = Literal["token", "sample", "prompt"]
@@ -86,6 +88,15 @@ def chosen_rows(objective: Objective, name: str, samples: pa.Table, verdicts: pa
             f"columns and a column `weight`; got {result}. Fix it and resume the run."
         )
     return rows
+
+
+def read_weighted(path: Path, columns: Sequence[str]) -> tuple[pa.Table, FloatArray, int]:
+    """These columns of a round's rows, their weights, and the round. Raises DataError for a weight that is none."""
+    table = pq.read_table(path, columns=[*columns, "weight"], use_threads=False)
+    weights = np.asarray(table.column("weight").to_numpy(), dtype=np.float64)
+    if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
+        raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
+    return table, weights, int((table.schema.metadata or {}).get(b"raftune.round", b"0"))
 
 
 def coefficients(

@@ -309,7 +309,7 @@ class CausalLM:
         settings = training.model_dump_json() + "".join(objective_code(training).values())
         task = FitTask(
             load=lambda: loading.load_round(policy, self.folder, self.start_folder, self.device, adapter_seed),
-            rows=data.with_coefficients(training),
+            rows=data.rows,
             lengths=[len(example.ids) for example in data.examples],
             collate=lambda batch: batch_of(batch, self.tokenizer.pad_token_id),
             objective=loss_of(load_objective(training), getattr(training, "objective", "sft")),

@@ -21,10 +21,9 @@ from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCom
 from raftune.protocols import Objective
 from raftune.records import TOOLS, Prompt
 from raftune.training.fit import Batch, Loss, checked_loss
-from raftune.training.objectives import coefficients
+from raftune.training.objectives import coefficients, read_weighted
 
-COLUMNS = ["prompt_id", "prompt", "weight", "completion_ids", "finish"]
-ROUND = b"raftune.round"
+COLUMNS = ["prompt_id", "prompt", "completion_ids", "finish"]
 
 
 @dataclass(frozen=True)
@@ -38,24 +37,15 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Examples with positive weights, and the round that gathered them."""
+    """The rows of positive weight, and the round that gathered them."""
 
-    examples: list[TokenizedCompletion]
-    weights: FloatArray
-    prompts: list[str]
+    rows: list[TrainingRow]
     round: int
     truncated: int  # rows left out because they were cut off before their end
-    extra: Mapping[str, FloatArray] = field(default_factory=dict)  # by name, columns that an objective added, (N,)
 
-    def with_coefficients(self, config: TrainingConfig) -> list[TrainingRow]:
-        """The rows of the loss; the coefficients depend on the number of rows in a step."""
-        step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        tokens = [example.tokens for example in self.examples]
-        shares = coefficients(self.weights, tokens, self.prompts, config.loss_normalization, step)
-        return [
-            TrainingRow(example, share, {name: float(column[i]) for name, column in self.extra.items()})
-            for i, (example, share) in enumerate(zip(self.examples, shares.tolist(), strict=True))
-        ]
+    @property
+    def examples(self) -> list[TokenizedCompletion]:
+        return [row.example for row in self.rows]
 
 
 def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> TrainingRows:
@@ -64,11 +54,8 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
     Raises DataError for rows that cannot be used, and where none is left.
     """
     schema = pq.read_schema(path)
-    table = pq.read_table(path, columns=[*COLUMNS, *({TOOLS} & {*schema.names})], use_threads=False)
+    table, weights, round_ = read_weighted(path, [*COLUMNS, *({TOOLS} & {*schema.names})])
     columns = table.to_pydict()
-    weights = np.array(columns["weight"], dtype=np.float64)
-    if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
-        raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
     cut = np.array([finish == "length" for finish in columns["finish"]], dtype=bool) & config.mask_truncated_completions
     used = np.flatnonzero((weights > 0) & ~cut)
     if not used.size and cut.any():
@@ -98,8 +85,8 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
                 "longer context."
             )
         examples.append(TokenizedCompletion.of(encoded[name], completion))
-    extra = {}
-    standard = {*COLUMNS, TOOLS, "sample_id", "origin", "source"}
+    extra: dict[str, FloatArray] = {}
+    standard = {*COLUMNS, TOOLS, "weight", "sample_id", "origin", "source"}
     for column in schema:  # numbers that a custom objective added
         if column.name in standard or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
             continue
@@ -111,8 +98,14 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
                 "rows of training.reference, and of rounds with another objective, have none. Leave out reference and "
                 "replay_rounds."
             )
-    round_ = int((schema.metadata or {}).get(ROUND, b"0"))
-    return TrainingRows(examples, weights[used], names, round_, int(cut.sum()), extra)
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    tokens = [example.tokens for example in examples]
+    shares = coefficients(weights[used], tokens, names, config.loss_normalization, step).tolist()
+    rows = [
+        TrainingRow(example, share, {name: float(column[i]) for name, column in extra.items()})
+        for i, (example, share) in enumerate(zip(examples, shares, strict=True))
+    ]
+    return TrainingRows(rows, round_, int(cut.sum()))
 
 
 def batch_of(rows: Sequence[TrainingRow], pad_id: int) -> Batch:

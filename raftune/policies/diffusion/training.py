@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import TrainerCallback
 
@@ -32,7 +31,7 @@ from raftune.protocols import TrainReport
 from raftune.records import INVALID, Prompt, derive_seed
 from raftune.training.checkpoints import identity
 from raftune.training.fit import Batch, FitTask, fit
-from raftune.training.objectives import Normalization, coefficients, load_objective
+from raftune.training.objectives import Normalization, coefficients, load_objective, read_weighted
 
 PROBED = 8  # rows at which the trained and the initial denoiser are compared
 QUARTERS = 4  # of the noise range
@@ -66,11 +65,8 @@ def read_rows(path: Path, shape: tuple[int, int, int], normalization: Normalizat
 
     Raises DataError for one that cannot be used.
     """
-    columns = ["sample_id", "prompt_id", "prompt", "weight", INVALID, *(field.name for field in FIELDS)]
-    table = pq.read_table(path, columns=columns, use_threads=False)
-    weights = np.asarray(table.column("weight").to_numpy(), dtype=np.float64)
-    if (bad := weights[~(np.isfinite(weights) & (weights >= 0))]).size:
-        raise DataError(f"Every row's weight must be finite and not negative; got {bad[0]} in {path.name}.")
+    columns = ["sample_id", "prompt_id", "prompt", INVALID, *(field.name for field in FIELDS)]
+    table, weights, round_ = read_weighted(path, columns)
     used = table.filter(pa.array(weights > 0))
     ids, contents = used.column("prompt_id").to_pylist(), used.column("prompt").to_pylist()
     first: dict[str, int] = {}
@@ -81,7 +77,6 @@ def read_rows(path: Path, shape: tuple[int, int, int], normalization: Normalizat
     # By prompt id, not by text: equal texts asked twice are two prompts.
     shares = coefficients(weights[weights > 0], elements, ids, normalization, step).tolist()
     rows = list(map(ImageRow, range(len(latents)), numbers, shares, latents))
-    round_ = int((pq.read_schema(path).metadata or {}).get(b"raftune.round", b"0"))
     return ImageRows(rows, list(prompts.values()), round_)
 
 
