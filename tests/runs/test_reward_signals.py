@@ -231,8 +231,8 @@ def test_a_signal_goes_through_every_reward_model_and_an_exit_on_a_thread_stays_
         ({"spec": "aesthetic", "options": {"model": str(tmp_path / "head")}}, example_images()),
     ):
         reward = load_reward(RewardSpec.model_validate(spec))
-        place, method = (reward.clip, "image_features") if hasattr(reward, "clip") else (reward, "_forward")
-        monkeypatch.setattr(place, method, interrupt)
+        model = getattr(reward, "clip_model", reward)
+        monkeypatch.setattr(model, "_forward" if model is reward else "image_features", interrupt)
         interrupt.left = 1
         with RewardSet([reward]) as panel, pytest.raises(KeyboardInterrupt):
             panel.score(batch)
