@@ -331,12 +331,12 @@ class Reward:
 
     def __call__(self, *, prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
         """A number, or None where the reward does not apply, for each completion; `prompts` and `columns` alike."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define `__call__`")
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the reward's code, options or weights change: enters the score stage's key."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define `fingerprint`")
 
     @property
     def nbytes(self) -> int:
