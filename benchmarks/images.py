@@ -115,7 +115,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_arm(task: Task, arm: str, seed: int, args: argparse.Namespace) -> None:
-    """Trains the arm, judges its last model on every set, and writes the numbers; continues what was begun."""
+    """Trains the arm, judges its last model on every set, and writes the numbers; continues an interrupted run."""
     from raftune.runtime.run import run
 
     began = time.perf_counter()
@@ -153,7 +153,7 @@ def settings(task: Task, arm: str, seed: int, work: Path) -> dict[str, Any]:
 
 
 def dialled(task: Task, arm: str) -> dict[str, Any]:
-    """How the arm draws: the task's way, but for the base at the size that it was trained at."""
+    """How the arm generates: the task's way, but for the base at the size that it was trained at."""
     return {"num_inference_steps": 12, "guidance_scale": 1.0, **({} if arm == "native" else task.sampling)}
 
 

@@ -94,8 +94,8 @@ def write_prompts(path: Path, number: int) -> None:
 
 
 def value(prompts: list[int], completions: list[int], **columns: Any) -> list[float]:
-    """The answer's number."""
-    return [float(answer) for answer in completions]
+    """The completion's number."""
+    return [float(completion) for completion in completions]
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=Sizes.rounds)
     parser.add_argument("--prompts", type=int, default=Sizes.prompts, help="prompts in each round")
     parser.add_argument("--held-out", type=int, default=Sizes.held_out, help="prompts to judge by, at most 256")
-    parser.add_argument("--draws", type=int, default=Sizes.draws, help="answers to each of these")
+    parser.add_argument("--draws", type=int, default=Sizes.draws, help="completions for each of these")
     parser.add_argument("--claims", default="all", help="names, joined by commas; --list shows them")
     parser.add_argument("--out", type=Path, default=Path("docs/paper"))
     parser.add_argument("--work", type=Path, default=Path("runs/paper"))

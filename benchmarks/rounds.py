@@ -5,7 +5,7 @@
     python benchmarks/rounds.py --overhead          what of a round is neither generating, reward nor training
 
 Each run is a process of its own, so that memory is comparable; the two methods take turns. Both call the same reward
-function, which notes when it was asked and what it gave: a mark counts as reached when a whole step's samples of the
+function, which records when it was called and its scores: a mark counts as reached when a whole step's samples of the
 policy, in order, average at least that much. Importing and loading are not timed; nothing is evaluated on the way.
 """
 
@@ -32,7 +32,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 
 
 class Diary:
-    """The judge of the bundled starter, noting when it was asked and what it gave."""
+    """The judge of the bundled starter, recording when it was called and its scores."""
 
     __name__ = "judge"
 
@@ -219,7 +219,7 @@ def summary(runs: list[dict[str, Any]], marks: list[float]) -> str:
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Seconds of each round in draw, reward and tune, and the share of the rest, with and without page and guards."""
+    """Seconds of a round in generation, reward and training, and the rest's share, with and without report and guards."""
     from raftune.policies.causal_lm import CausalLM
     from raftune.rewards.panel import RewardSet
 

@@ -1,4 +1,4 @@
-"""Tokens per second of raftune's draw, of batched `generate`, and of `generate` prompt by prompt, in one process.
+"""Tokens per second of raftune's generation, of batched `generate`, and of `generate` prompt by prompt, in one process.
 
 A randomly initialised Llama (3.95M parameters, 8 query heads over 4 key/value heads) whose head is biased towards EOS,
 so that lengths spread as in chat: geometric, 24 tokens on average, cut at 96. All ways generate K completions for the
@@ -35,7 +35,7 @@ Draw = Callable[[], list[int]]  # the lengths of all completions, EOS included
 
 @dataclass(frozen=True)
 class Task:
-    """What every way is asked to do."""
+    """The task of every way."""
 
     model: LlamaForCausalLM
     prompts: list[list[int]]
@@ -73,8 +73,8 @@ def _ways(task: Task, args: argparse.Namespace) -> dict[str, Draw]:
 
 def _raftune(task: Task, settings: SamplingParams, path: BackendName) -> list[int]:
     seeds = np.arange(len(task.prompts) * task.k).reshape(len(task.prompts), task.k).tolist()
-    drawn = generate(task.model, None, task.prompts, seeds, settings, path)
-    return [len(sample.ids) for group in drawn for sample in group]
+    sampled = generate(task.model, None, task.prompts, seeds, settings, path)
+    return [len(sample.ids) for group in sampled for sample in group]
 
 
 def _batched_generate(task: Task, size: int) -> list[int]:
@@ -166,7 +166,7 @@ def _table(found: dict[str, object]) -> str:
 
 
 def _model_flops(task: Task, tokens: int) -> float:
-    """Floating-point operations that the answers need: linear layers, attention, and each prompt once.
+    """Floating-point operations that the completions need: linear layers, attention, and each prompt once.
 
     2 per weight and token for matrices (the input embedding is a lookup), 4 per query, key and channel for attention.
     """

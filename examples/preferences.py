@@ -3,7 +3,7 @@
 python examples/preferences.py                               bundled data and models, offline, about a minute on a CPU
 python examples/preferences.py --data trl-lib/ultrafeedback_binarized --model Qwen/Qwen2.5-0.5B-Instruct
 
-`raftune sft` teaches the chosen answers first, where the model does not know the task: docs/from_preferences.md.
+`raftune sft` trains on the chosen completions first, where the model does not know the task: docs/from_preferences.md.
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ if __name__ == "__main__":
         raise SystemExit(f"the reward model {outcome.report['verdict']}")
     print(f"accuracy on held-out preferences: {outcome.report['accuracy']['mean']:.2f}")
 
-    # 3. An aligned model: the best answers by that reward model are learned from, round by round.
+    # 3. An aligned model: each round trains on the best completions by that reward model.
     trainer = RaftTrainer(
         model=script_args.model,
         reward_funcs=str(outcome.root / "model"),

@@ -19,7 +19,7 @@ class LargestGain:
     reasons = ("best of a prompt with a large gain", "a better one was kept", "its prompt gains little")
 
     def decide(self, pool, seed):
-        """Weights and reasons of candidates that are sorted by prompt, best first. `pool.start` begins each prompt."""
+        """Weights and reasons of candidates, sorted by prompt, best first. `pool.start`: the first of each prompt."""
         gain = pool.score[pool.start] - np.add.reduceat(pool.score, pool.start) / pool.size
         chosen = np.zeros(len(gain), bool)
         chosen[np.argsort(-gain, kind="stable")[: max(1, round(self.share * len(gain)))]] = True

@@ -1,10 +1,9 @@
 """What selection does to a categorical policy, exactly: the mathematics that the tests hold the algorithm to.
 
-A policy is a vector p (V,) of probabilities over V answers; r (V,) are their rewards, finite. Levels are the distinct
-rewards, ascending; F(c) is the mass with reward ≤ c, F⁻(c) the mass below c, P_c the mass at c. All K samples are
-independent generates from one p. Ties are broken by position, which is fair: it knows nothing of content. Logarithms
-are
-natural: divergences are in nats.
+A policy is a vector p (V,) of probabilities over V completions; r (V,) are their rewards, finite. Levels are the
+distinct rewards, ascending; F(c) is the mass with reward ≤ c, F⁻(c) the mass below c, P_c the mass at c. All K samples
+are independent samples of one p. Ties are broken by position, which is fair: it knows nothing of content. Logarithms
+are natural: divergences are in nats.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from raftune.arrays import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class RewardLevels:
-    """The distinct rewards of a policy: J values ascending, their masses (sum 1), and each answer's level (V,)."""
+    """The distinct rewards of a policy: J values ascending, their masses (sum 1), and each completion's level (V,)."""
 
     value: FloatArray
     mass: FloatArray
@@ -45,7 +44,7 @@ def levels(p: npt.ArrayLike, r: npt.ArrayLike, tolerance: float = 0.0) -> Reward
     """The reward levels that p can reach; rewards that follow one another within `tolerance` are one level.
 
     The tolerance is for rewards that are equal in mathematics but not in floats: without it rounding breaks their ties
-    by content. An answer of probability 0 opens no level; its `of` is meaningless.
+    by content. A completion of probability 0 opens no level; its `of` is meaningless.
     """
     p, r = np.asarray(p, np.float64), np.asarray(r, np.float64)
     if p.ndim != 1 or p.shape != r.shape:
@@ -147,7 +146,7 @@ def best_of_k_kl_bound(p: npt.ArrayLike, r: npt.ArrayLike, k: int) -> float:
 
 
 def win_rate(q: npt.ArrayLike, p: npt.ArrayLike, r: npt.ArrayLike) -> float:
-    """P(a sample of q scores above an independent draw of p), ties counted ½; for q = best of k at most k/(k+1)."""
+    """P(a sample of q scores above an independent sample of p), ties counted ½; for q = best of k at most k/(k+1)."""
     q, p, r = (np.asarray(x, np.float64) for x in (q, p, r))
     wins = (r[:, None] > r[None, :]) + 0.5 * (r[:, None] == r[None, :])
     return float(q @ wins @ p)
@@ -160,7 +159,7 @@ def threshold_law(p: npt.ArrayLike, r: npt.ArrayLike, threshold: float) -> Float
     """(V,) p restricted to rewards ≥ threshold: idempotent, and its KL from p is −log P(r ≥ threshold)."""
     q = np.asarray(p, np.float64) * (np.asarray(r) >= threshold)
     if not q.sum() > 0:
-        raise ValueError(f"no answer of positive probability reaches the threshold {threshold:g}.")
+        raise ValueError(f"no completion of positive probability reaches the threshold {threshold:g}.")
     normalised: FloatArray = q / q.sum()
     return normalised
 
@@ -168,8 +167,8 @@ def threshold_law(p: npt.ArrayLike, r: npt.ArrayLike, threshold: float) -> Float
 def global_shares(p: npt.ArrayLike, r: npt.ArrayLike, n: npt.ArrayLike, keep_fraction: float) -> FloatArray:
     """(X,) the share of each prompt in what the best keep_fraction of all samples holds, in the limit of many samples.
 
-    p, r: (X, V), one policy a prompt; n: (X,) draws of each. w_x ∝ n_x·[P_x(r > τ) + ρ·P_x(r = τ)] with τ the cut and ρ
-    the share of the samples at the cut that are kept, one ρ for all prompts: ties are broken fairly.
+    p, r: (X, V), one policy a prompt; n: (X,) samples of each. w_x ∝ n_x·[P_x(r > τ) + ρ·P_x(r = τ)] with τ the cut and
+    ρ the share of the samples at the cut that are kept, one ρ for all prompts: ties are broken fairly.
     """
     p, r, n = (np.asarray(x, np.float64) for x in (p, r, n))
     pooled = levels((p * (n / n.sum())[:, None]).ravel(), r.ravel())
@@ -207,7 +206,7 @@ def regularised_target(start: npt.ArrayLike, r: npt.ArrayLike, beta: float) -> F
 
 def regularised_scores(p: npt.ArrayLike, start: npt.ArrayLike, r: npt.ArrayLike, beta: float) -> FloatArray:
     """(V,) r − beta·log(p/start): what a KL-regularised round ranks by."""
-    with np.errstate(divide="ignore"):  # an answer that p never draws is never ranked
+    with np.errstate(divide="ignore"):  # a completion that p never samples is never ranked
         log_p = np.log(np.asarray(p, np.float64))
     scores: FloatArray = np.asarray(r, np.float64) - beta * (log_p - np.log(np.asarray(start, np.float64)))
     return scores
@@ -240,7 +239,7 @@ def allocation(gradient_norms: npt.ArrayLike, acceptance: npt.ArrayLike, total: 
     """(X,) the samples of each prompt, summing to `total`, that make Σ G²/(s·n) least: n ∝ G/√s."""
     g, s = np.asarray(gradient_norms, np.float64), np.asarray(acceptance, np.float64)
     if not (s > 0).all():
-        raise ValueError("an acceptance rate of 0 asks for infinitely many draws: leave such prompts out.")
+        raise ValueError("an acceptance rate of 0 asks for infinitely many samples: leave such prompts out.")
     share = g / np.sqrt(s)
     n: FloatArray = total * share / share.sum()
     return n
@@ -249,5 +248,5 @@ def allocation(gradient_norms: npt.ArrayLike, acceptance: npt.ArrayLike, total: 
 def allocation_value(gradient_norms: npt.ArrayLike, acceptance: npt.ArrayLike, n: npt.ArrayLike) -> float:
     """Σ G²/(s·n), the variance that an allocation leaves; (Σ G/√s)²/Σn at the best one."""
     g, s, n = (np.asarray(x, np.float64) for x in (gradient_norms, acceptance, n))
-    drawn = g > 0
-    return float(np.sum(g[drawn] ** 2 / (s[drawn] * n[drawn])))
+    sampled = g > 0
+    return float(np.sum(g[sampled] ** 2 / (s[sampled] * n[sampled])))

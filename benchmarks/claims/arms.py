@@ -1,4 +1,4 @@
-"""The arms: every run that a claim needs, each once, and how one is run and judged."""
+"""The arms: every run that a claim needs, each once, and how one is run and evaluated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sizes:
 class Arm:
     """One way to train; `changes` go over the settings that all share, `rounds` is False where nothing is trained.
 
-    origin: the model that it begins from (starter, sft, student), to which its KL is measured unless that is sft: then
+    origin: the model that it starts from (starter, sft, student), to which its KL is measured unless that is sft: then
     to the starter. after: the arms whose models it needs.
     """
 
@@ -55,13 +55,13 @@ def k_of(k: int) -> Arm:
 
 
 def noisy(level: float, sigma: float) -> Arm:
-    """The reward with noise of `level` standard deviations of its own over the start's answers, in its chunks."""
+    """The reward with noise of `level` standard deviations of its own over the start's completions, in its chunks."""
     spec = {"spec": f"{NOISE}:noise", "options": {"sigma": sigma}}
     return Arm(f"noise{level:g}", f"noise {level:g} sd", {"rewards": {"reward_funcs": ["starter", spec]}})
 
 
 BASE, RANDOM = "k8", "random"
-REWARD_SD = 3.1  # of the starter's reward over the starter's answers
+REWARD_SD = 3.1  # of the starter's reward over the starter's completions
 ARMS = {
     arm.name: arm
     for arm in (
@@ -134,7 +134,7 @@ def judging(arm: Arm, seed: int, sizes: Sizes, out: Path) -> dict[str, Any]:
 
 
 def origin_model(origin: str, seed: int, out: Path) -> str | Path:
-    """What a run begins from: the bundled starter, that one after SFT, or a smaller student."""
+    """What a run starts from: the bundled starter, that one after SFT, or a smaller student."""
     places = {"starter": "starter", "sft": out / "sft" / str(seed) / "model", "student": out.parent / "student"}
     return places[origin]
 
@@ -205,21 +205,21 @@ def plain(value: Any) -> float:
 
 
 def divergence(assembly: Any, reference: str | Path) -> float:
-    """Nats per answer: the mean of log p - log p0 over the judged answers, p0 the reference."""
+    """Nats per completion: the mean of log p - log p0 over the evaluated completions, p0 the reference."""
     import numpy as np
     import pyarrow as pa
 
-    from raftune.stages.plan import prompts_of_samples
+    from raftune.stages.plan import prompts_by_domain_samples
     from raftune.store.layout import chunk_file, chunk_numbers
     from raftune.store.parquet import read_table
 
     run = assembly.run
     ratios = []
-    plan, drawn = run.folder(0, "evaluate/plan"), run.folder(0, "evaluate/generate")
+    plan, samples_folder = run.folder(0, "evaluate/plan"), run.folder(0, "evaluate/generate")
     ours, theirs = assembly.policies.at(run.folder(0, "model")), load(assembly, reference)
-    for chunk in chunk_numbers(drawn):
-        samples: pa.Table = read_table(drawn / chunk_file(chunk))
-        prompts = prompts_of_samples(plan, chunk, samples)
+    for chunk in chunk_numbers(samples_folder):
+        samples: pa.Table = read_table(samples_folder / chunk_file(chunk))
+        prompts = prompts_by_domain_samples(plan, chunk, samples)
         ratios.append(ours.recorded_log_probs(samples) - theirs.log_probs(prompts, samples, 128))
     return max(0.0, float(np.concatenate(ratios).mean()))  # of a model to itself it is 0 but for rounding
 
@@ -239,12 +239,12 @@ def load(assembly: Any, model: str | Path) -> Any:
 def history(root: Path, sizes: Sizes) -> dict[str, Any]:
     """What the selections kept: the reward of round 1's winners; the share of prompts that yielded nothing, and which.
 
-    starved_by_domain: of each domain of the generator, how many prompts yielded nothing, and how many were asked.
+    starved_by_domain: of each domain of the generator, how many prompts had no kept samples, and how many there were.
     """
     from raftune.starters.text.corpus import read_request
     from raftune.store.parquet import read_table
 
-    asked, empty_prompts, examples = Counter[str](), Counter[str](), []
+    prompts_by_domain, empty_prompts, examples = Counter[str](), Counter[str](), []
     first = None
     for number in range(1, sizes.rounds + 1):
         folder = root / f"round-{number:04d}"
@@ -253,12 +253,12 @@ def history(root: Path, sizes: Sizes) -> dict[str, Any]:
         for row in read_table(folder / "plan" / "prompts.parquet", ["prompt_id", "prompt"]).to_pylist():
             request = read_request(row["prompt"])
             assert request is not None, row["prompt"]
-            asked[request.domain] += 1
+            prompts_by_domain[request.domain] += 1
             if row["prompt_id"] in summary["barren"]:
                 empty_prompts[request.domain] += 1
                 examples.append(request.text)
-    by_domain = {domain: [empty_prompts[domain], asked[domain]] for domain in sorted(asked)}
-    share = empty_prompts.total() / asked.total()
+    by_domain = {domain: [empty_prompts[domain], prompts_by_domain[domain]] for domain in sorted(prompts_by_domain)}
+    share = empty_prompts.total() / prompts_by_domain.total()
     return {"initial_best": first, "starved": share, "starved_by_domain": by_domain, "starved_prompts": examples[:3]}
 
 
@@ -266,7 +266,7 @@ def history(root: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def fine_tune(seed: int, out: Path) -> None:
-    """The starter after one epoch on the preferred answers of the generator's preferences."""
+    """The starter after one epoch on the preferred completions of the generator's preferences."""
     from raftune.config.load import validate_as
     from raftune.config.sft import SftConfig
     from raftune.sft import sft

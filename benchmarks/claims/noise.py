@@ -8,7 +8,7 @@ from typing import Any
 
 
 def noise(prompts: list[str], completions: list[str], *, sigma: float, seed: int, **columns: Any) -> list[float]:
-    """Gaussian, of this standard deviation; the same answer to the same prompt always gets the same."""
+    """Gaussian, of this standard deviation; the same completion of the same prompt always gets the same."""
     return [sigma * _gaussian(f"{seed}\0{p}\0{c}") for p, c in zip(prompts, completions, strict=True)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from claims.arms import ARMS, Sizes
 from claims.table import DIGITS, MEASURES, NAMES, RULE, Claim, Result, Results, Verdict, verdict
 
-WIDTH, HEIGHT, PANEL, LEFT, TOP, BOTTOM = 760, 260, 320, 56, 34, 44
+WIDTH, HEIGHT, PANEL_WIDTH, LEFT, TOP, BOTTOM = 760, 260, 320, 56, 34, 44
 STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #24292f } .title { font-weight: 600 } .small { fill: #57606a }
   .grid { stroke: #d0d7de } .seed { fill: #0969da; fill-opacity: .45 } .mean { stroke: #0969da; stroke-width: 3 }
@@ -45,8 +45,8 @@ def opening(seeds: Sequence[int], sizes: Sizes) -> list[str]:
         "",
         f"The bundled starter (0.9M parameters), {many}, {sizes.rounds} rounds of {sizes.prompts} prompts, K = 8 "
         "unless said otherwise, learning rate 1e-3, two epochs a round. Each arm's last model is judged at temperature "
-        f"1 on {sizes.held_out} held-out prompts with {sizes.draws} answers each: by the reward it was trained on "
-        "(without noise), by the held-out judge (0 to 4), and by its KL to the start in nats per answer. Cells are "
+        f"1 on {sizes.held_out} held-out prompts with {sizes.draws} completions each: by the reward it was trained on "
+        "(without noise), by the held-out judge (0 to 4), and by its KL to the start in nats per completion. Cells are "
         "means over seeds, with each seed's value in brackets. `python benchmarks/paper.py` makes this page.",
         "",
         RULE,
@@ -92,9 +92,9 @@ def starved_words(name: str, found: Sequence[Result]) -> str:
     """Which prompts yielded nothing, by kind of request over all seeds, the worst first; and some of them."""
     totals: dict[str, list[int]] = {}
     for result in found:
-        for domain, (empty_prompts, asked) in result["starved_by_domain"].items():
+        for domain, (empty_prompts, count) in result["starved_by_domain"].items():
             before = totals.get(domain, [0, 0])
-            totals[domain] = [before[0] + empty_prompts, before[1] + asked]
+            totals[domain] = [before[0] + empty_prompts, before[1] + count]
     order = sorted(totals, key=lambda domain: -totals[domain][0] / totals[domain][1])
     kinds = ", ".join(f"{domain} {totals[domain][0]} of {totals[domain][1]}" for domain in order)
     examples = "; ".join(f"“{text}”" for result in found for text in result["starved_prompts"][:2])
@@ -116,7 +116,7 @@ def cell(values: list[float | None], digits: int) -> str:
 def figure(claim: Claim, results: Results, seeds: Sequence[int]) -> str:
     """Two panels, a column an arm: a dot a seed, a bar at their mean. It reads on light and dark pages."""
     panels = "".join(
-        f'<g transform="translate({LEFT + i * (PANEL + LEFT)},0)">{panel(claim, measure, results, seeds)}</g>'
+        f'<g transform="translate({LEFT + i * (PANEL_WIDTH + LEFT)},0)">{panel(claim, measure, results, seeds)}</g>'
         for i, measure in enumerate(claim.shown)
     )
     words = html.escape(f"{claim.title}: {' and '.join(NAMES[m] for m in claim.shown)} by arm and seed")
@@ -130,14 +130,14 @@ def panel(claim: Claim, measure: str, results: Results, seeds: Sequence[int]) ->
     columns = {arm: [v for s in seeds if (v := results[arm, s].get(measure)) is not None] for arm in claim.arms}
     columns = {arm: values for arm, values in columns.items() if values}
     ticks = round_ticks([v for values in columns.values() for v in values])
-    low, high, step = ticks[0], ticks[-1], PANEL / max(1, len(columns))
+    low, high, step = ticks[0], ticks[-1], PANEL_WIDTH / max(1, len(columns))
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<text class="title" x="0" y="18">{NAMES[measure]}</text>']
     for tick in ticks:
-        parts.append(f'<line class="grid" x1="0" x2="{PANEL}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<line class="grid" x1="0" x2="{PANEL_WIDTH}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text class="small" x="-6" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for i, (arm, values) in enumerate(columns.items()):
         x, mean, fall = (i + 0.5) * step, y(statistics.fmean(values)), 13 * (i % 2) * (len(columns) > 3)

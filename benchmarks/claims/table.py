@@ -87,8 +87,8 @@ CLAIMS = (
             minus("RAFT more diverse than SFT", "msttr_100", "sft-raft", "sft", "MSTTR-100 .597 → .611"),
         ),
         labels={"k8": "RAFT alone"},
-        note="Perplexity, which the paper also gives, needs reference answers and is left out. KL is to the starter. "
-        "Good replies of this generator are alike, so whatever makes replies good makes them alike, too.",
+        note="Perplexity, which the paper also gives, needs reference completions and is left out. KL is to the "
+        "starter. Good replies of this generator are alike, so whatever makes replies good makes them alike, too.",
     ),
     Claim(
         "k",
@@ -106,7 +106,7 @@ CLAIMS = (
         (minus("λ = 0.7 above λ = 1", "reward", "t0.7", "k8", "reward 2.198 at .7, 2.180 at .85, 2.143 at 1.0"),),
         extra=("initial_best",),
         labels={"k8": "λ = 1"},
-        note="Drawn at λ, judged at temperature 1 like every other arm.",
+        note="Sampled at λ, evaluated at temperature 1 like every other arm.",
     ),
     Claim(
         "beta",
@@ -159,7 +159,7 @@ CLAIMS = (
         ),
         labels={"k8": "no noise"},
         note="Gaussian noise is added to the reward that selects, in standard deviations of that reward over the "
-        "start's answers; judged without it.",
+        "start's completions; evaluated without it.",
     ),
     Claim(
         "random",

@@ -51,10 +51,10 @@ def write_page(tasks: Sequence[Any], seeds: int, held_out: int, draws: int, work
             lines += [f"### On {title}", "", *table(task.arms, split, seeds, values), ""]
             lines += [*contrasts(split, seeds, values), ""]
             name = f"{task.name}-{split}.png"
-            sheet, told = grid(task.name, task.arms, split, work)
+            sheet, captions = grid(task.name, task.arms, split, work)
             sheet.save(out / name, optimize=True)
             lines += [f"![{task.title}: a row an arm, as in the table; a column a caption and seed]({name})", ""]
-            lines += [f"From the left: {'; '.join(told)}.", ""]
+            lines += [f"From the left: {'; '.join(captions)}.", ""]
     path = out / "results.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -107,7 +107,7 @@ def read(task: Any, seeds: int, work: Path) -> Values:
     return found
 
 
-def shards(work: Path, task: str, arm: str, seed: int, split: str, stage: str) -> list[Path]:
+def chunk_paths(work: Path, task: str, arm: str, seed: int, split: str, stage: str) -> list[Path]:
     return sorted(
         (work / "judged" / f"{task}-{arm}-{seed}-{split}" / "round-0000" / "evaluate" / stage).glob("chunk-*.parquet")
     )
@@ -117,7 +117,9 @@ def features(work: Path, task: str, arm: str, seed: int, split: str) -> Any:
     """(N, d) the CLIP features of the judged images, of length 1, by their ids; NaN where there is none."""
     import pyarrow.parquet as pq
 
-    rows = [row for path in shards(work, task, arm, seed, split, "features") for row in pq.read_table(path).to_pylist()]
+    rows = [
+        row for path in chunk_paths(work, task, arm, seed, split, "features") for row in pq.read_table(path).to_pylist()
+    ]
     rows.sort(key=lambda row: row["sample_id"])
     width = max(len(row["features"] or ()) for row in rows)
     return np.array([row["features"] or [math.nan] * width for row in rows], dtype=np.float64)
@@ -170,7 +172,7 @@ def grid(task: str, arms: Sequence[str], split: str, work: Path) -> tuple[Any, l
     rows = []
     for arm in arms:
         first = {}
-        for path in shards(work, task, arm, 0, split, "generate"):
+        for path in chunk_paths(work, task, arm, 0, split, "generate"):
             for row in pq.read_table(path, columns=["prompt_id", "k", "completion"]).to_pylist():
                 if row["k"] == 0 and row["completion"] is not None:
                     first[row["prompt_id"]] = Image.open(io.BytesIO(row["completion"])).convert("RGB")
@@ -184,6 +186,6 @@ def grid(task: str, arms: Sequence[str], split: str, work: Path) -> tuple[Any, l
     sheet = Image.new("RGB", (len(shared) * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP), "white")
     for y, row in enumerate(rows):
         for x, prompt in enumerate(shared):
-            picture = row[prompt].resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
-    return sheet, told
+            thumbnail = row[prompt].resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(thumbnail, (GAP + x * (side + GAP), GAP + y * (side + GAP)))
+    return sheet, captions

@@ -83,17 +83,17 @@ class Digits:
         samples = []
         for prompt, seeds in zip(chunk.prompts, chunk.seeds, strict=True):
             for k, seed in enumerate(seeds):
-                p = self.encode_completion(prompt, self.picture(prompt, seed), "policy")
+                p = self.encode_completion(prompt, self.image(prompt, seed), "policy")
                 name = chunk.sample_id(prompt, k)
                 samples.append(Sample(name, prompt.id, k, "policy", seed, chunk.version, p.pop("completion"), p))
         return samples
 
     @torch.no_grad()
-    def picture(self, prompt: Prompt, seed: int) -> Image.Image:
+    def image(self, prompt: Prompt, seed: int) -> Image.Image:
         if prompt.content not in range(10):
             raise DataError(f"a prompt of the digits must be a label in 0 … 9; got {prompt.content!r}.")
         z = torch.randn(1, Z, generator=torch.Generator().manual_seed(seed)) * self.config.sampling.temperature
-        levels = torch.sigmoid(self.net.decoder(told(z, torch.tensor([prompt.content])))) * 255
+        levels = torch.sigmoid(self.net.decoder(with_label(z, torch.tensor([prompt.content])))) * 255
         return Image.fromarray(levels.round().reshape(8, 8).numpy().astype(np.uint8))
 
     def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Net(torch.nn.Module):
             torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(seed))
 
 
-def told(values: Tensor, labels: Tensor) -> Tensor:
+def with_label(values: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([values, one_hot(labels, 10)], 1)
 
 
@@ -138,9 +138,9 @@ def fit(net: Net, x: Tensor, y: Tensor, w: Tensor, *, epochs: float, batch: int,
     optimizer, losses = torch.optim.Adam(net.parameters(), lr=rate), []
     for _ in range(math.ceil(epochs * len(x) / batch)):
         rows = torch.multinomial(w, batch, replacement=True, generator=generator)
-        mean, log_sd = net.encoder(told(x[rows], y[rows])).chunk(2, 1)
+        mean, log_sd = net.encoder(with_label(x[rows], y[rows])).chunk(2, 1)
         z = mean + log_sd.exp() * torch.randn(mean.shape, generator=generator)
-        missed = binary_cross_entropy_with_logits(net.decoder(told(z, y[rows])), x[rows], reduction="sum")
+        missed = binary_cross_entropy_with_logits(net.decoder(with_label(z, y[rows])), x[rows], reduction="sum")
         loss = (missed + (mean**2 / 2 + (2 * log_sd).exp() / 2 - log_sd - 0.5).sum()) / batch
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -22,16 +22,16 @@ def reader(name: str) -> Any:
     return SVC(gamma=0.001, C=10).fit(pixels[HALF:], labels[HALF:])
 
 
-def as_read(pictures: list[Image.Image]) -> np.ndarray:
+def as_read(images: list[Image.Image]) -> np.ndarray:
     """(N, 64) pixels in 0 … 16, as scikit-learn has them."""
-    return np.stack([np.asarray(picture.convert("L"), dtype=float).reshape(64) / 255 * 16 for picture in pictures])
+    return np.stack([np.asarray(image.convert("L"), dtype=float).reshape(64) / 255 * 16 for image in images])
 
 
 def confidence(prompts: list[int], completions: list[Image.Image], **columns: Any) -> list[float]:
-    """The probability that an image shows the digit that was asked for."""
+    """The probability that an image shows the prompted digit."""
     return reader("reward").predict_proba(as_read(completions))[np.arange(len(prompts)), prompts].tolist()
 
 
 def right(prompts: list[int], completions: list[Image.Image], **columns: Any) -> list[float]:
-    """1 where the judge, which is never trained on, reads the digit that was asked for, else 0."""
+    """1 where the judge, which is never trained on, reads the prompted digit, else 0."""
     return (reader("judge").predict(as_read(completions)) == prompts).astype(float).tolist()

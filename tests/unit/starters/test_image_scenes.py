@@ -25,7 +25,7 @@ from raftune.starters.image.pictures import (
     scene_of,
     scenes,
 )
-from tools.starters.image.spoiling import WAYS, spoiled
+from tools.starters.image.corruptions import WAYS, spoiled
 
 SPLITS: tuple[ImageSplit, ...] = ("train", "heldout", "unseen")
 

@@ -16,8 +16,8 @@ from raftune.rewards.builtin.clip_score import ClipScoreReward
 from raftune.starters import image
 from raftune.starters.image.judge import all_right
 from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, as_image, paint
-from tools.starters.image.spoiling import spoiled
-from tools.starters.image.wording import LENGTH
+from tools.starters.image.captions import LENGTH
+from tools.starters.image.corruptions import spoiled
 
 WEIGHTS = image.policy_path().parent
 CLASSES = {"policy": StableDiffusionPipeline, "flow": StableDiffusion3Pipeline}

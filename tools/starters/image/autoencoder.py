@@ -50,7 +50,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, seed: int) -> AutoencoderKL:
         x = as_tensor(random_images(rng, recipe.batch))
         posterior = vae.encode(x).latent_dist
         loss = (vae.decode(posterior.sample(noise)).sample - x).square().mean()
-        # The divergence is summed over the 256 numbers of a picture's latents: a mean of it belongs beside a mean.
+        # The divergence is summed over the 256 numbers of an image's latents: a mean of it belongs beside a mean.
         descent.advance(loss + recipe.kl * posterior.kl().mean() / 256)
     centre(vae.eval(), seed + 1)
     return vae
@@ -62,13 +62,13 @@ def random_images(rng: np.random.Generator, size: int) -> Pixels:
 
 
 @torch.no_grad()
-def centre(vae: AutoencoderKL, seed: int, pictures: int = 2048) -> None:
-    """Folds a shift and a scale of each latent channel into the 1 x 1 convolutions: mean 0, deviation 1, same pictures.
+def centre(vae: AutoencoderKL, seed: int, images: int = 2048) -> None:
+    """Folds a shift and a scale of each latent channel into the 1 x 1 convolutions: mean 0, deviation 1, same images.
 
     A denoiser starts from noise of mean 0 and deviation 1: raw latents (means up to 1.2, deviations .3 to 2) would
     have to be told apart from it first, and no pipeline has a place for such a shift of each channel.
     """
-    pixels = random_images(np.random.default_rng(seed), pictures)
+    pixels = random_images(np.random.default_rng(seed), images)
     latents = encode(vae, pixels)
     mean_C, sd_C = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     quant, post, c = vae.quant_conv, vae.post_quant_conv, len(mean_C)

@@ -1,7 +1,7 @@
 """Trains everything that raftune/starters/image/weights/ holds: `python -m tools.starters.image.build` (or `make
 starters`).
 
-In order: an autoencoder; the judge, which sees what a picture shows; a gate, the judge must see it in reconstructions
+In order: an autoencoder; the judge, which sees what an image shows; a gate, the judge must see it in reconstructions
 as well, since a policy draws nothing better than its autoencoder can; the reward, a CLIPModel, and an aesthetic head
 over its features; and two policies, one of StableDiffusionPipeline's class and one of flow matching. Each step is a
 function of the seed: on one machine with one thread count, two builds give the same files. It takes half an hour on
@@ -21,8 +21,15 @@ from raftune.starters.image import WEIGHTS
 from raftune.starters.image.classifier import SceneClassifier
 from raftune.store.files import dump_json
 from tools.starters.image.autoencoder import AutoencoderRecipe, train_autoencoder
-from tools.starters.image.drawing import FLOW, UNET, train_flow, train_unet
-from tools.starters.image.keeping import (
+from tools.starters.image.captions import LENGTH
+from tools.starters.image.metrics import (
+    measure_aesthetic,
+    measure_autoencoder,
+    measure_judge,
+    measure_policy,
+    measure_reward,
+)
+from tools.starters.image.saving import (
     load_clip,
     load_head,
     save_clip,
@@ -32,14 +39,7 @@ from tools.starters.image.keeping import (
     save_pipeline,
     size,
 )
-from tools.starters.image.measuring import (
-    measure_aesthetic,
-    measure_autoencoder,
-    measure_judge,
-    measure_policy,
-    measure_reward,
-)
-from tools.starters.image.seeing import (
+from tools.starters.image.train_judges import (
     AestheticRecipe,
     ImageRewardRecipe,
     JudgeRecipe,
@@ -47,7 +47,7 @@ from tools.starters.image.seeing import (
     train_judge,
     train_reward,
 )
-from tools.starters.image.wording import LENGTH
+from tools.starters.image.train_policies import FLOW, UNET, train_flow, train_unet
 from tools.starters.optimizer import emit
 
 PARTS: Final = ("autoencoder", "judge", "reward", "aesthetic", "policy", "flow")
@@ -97,7 +97,7 @@ def build_judge(out: Path, seed: int, recipe: JudgeRecipe | None = None) -> dict
     blind = {name: share for name, share in found["right_on_reconstructions"].items() if name != "all" and share < GATE}
     if blind:
         raise SystemExit(
-            f"Of reconstructed pictures the judge must see each attribute right in {GATE:.0%}; got {blind}. The "
+            f"Of reconstructed images the judge must see each attribute right in {GATE:.0%}; got {blind}. The "
             "autoencoder loses it, and no policy over it could learn it: train the autoencoder for more steps."
         )
     return {**recipe._asdict(), "bytes": size(out / "judge"), "measured": found}

@@ -13,10 +13,18 @@ from raftune.starters import image
 from raftune.starters.image.pictures import ANY_RADIUS, SCENES, SHAPES, paint, scenes
 from tools.starters.image import build
 from tools.starters.image.autoencoder import AutoencoderRecipe, centre, encode, reconstruct, train_autoencoder
-from tools.starters.image.drawing import LEVELS, ImagePolicyRecipe, TrainingLeg, lessons, levels, train_flow, train_unet
-from tools.starters.image.keeping import load_head, save_head, save_part
-from tools.starters.image.seeing import JudgeRecipe, contrast, gallery, groups
-from tools.starters.image.wording import LENGTH, SPOILED, tokenizer, words
+from tools.starters.image.captions import LENGTH, SPOILED, tokenizer, words
+from tools.starters.image.saving import load_head, save_head, save_part
+from tools.starters.image.train_judges import JudgeRecipe, contrast, gallery, groups
+from tools.starters.image.train_policies import (
+    LEVELS,
+    ImagePolicyRecipe,
+    TrainingLeg,
+    lessons,
+    levels,
+    train_flow,
+    train_unet,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Trains the two policies, text encoders along with the denoisers, on pictures some of whose captions are wrong.
+"""Trains the two policies, text encoders along with the denoisers, on images some of whose captions are wrong.
 
 Needs torch. Rows of latents: (N, 4, 8, 8), which the autoencoder has centred and scaled; t is in steps of 1000.
 """
@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from raftune.starters.image.pictures import SIZE, USUAL_RADIUS, paint, scenes
 from tools.starters.image.autoencoder import encode
-from tools.starters.image.wording import LENGTH, silent_encoder, silent_tokenizer, text_config, tokenizer
+from tools.starters.image.captions import LENGTH, silent_encoder, silent_tokenizer, text_config, tokenizer
 from tools.starters.optimizer import Optimizer, emit
 
 CELLS = SIZE // 4
@@ -49,11 +49,11 @@ class ImagePolicyRecipe(NamedTuple):
     legs: tuple[TrainingLeg, ...]
     batch: int = 32
     pictures: int = 24_000
-    wrong: float = 0.3  # the share of pictures with another scene's caption: what there is to align
+    wrong: float = 0.3  # the share of images with another scene's caption: what there is to align
     dropout: float = 0.1  # the share of captions left out, for guidance
 
 
-# In one leg of 5,000, with noisy levels from its first step, it learned where a shape belongs in 4 of 10 pictures only.
+# In one leg of 5,000, with noisy levels from its first step, it learned where a shape belongs in 4 of 10 images only.
 UNET = ImagePolicyRecipe(
     (TrainingLeg(3000, 1.5e-3), TrainingLeg(1500, 1e-3, noisy=True), TrainingLeg(1200, 1e-3, noisy=True))
 )
@@ -61,25 +61,25 @@ FLOW = ImagePolicyRecipe((TrainingLeg(5500, 2e-3),))
 
 
 class CaptionedLatents(NamedTuple):
-    """Latents of pictures and the captions that they are taught with."""
+    """Latents of images and the captions that they are taught with."""
 
     latents: torch.Tensor
     captions: list[str]
 
     def some(self, rng: np.random.Generator, size: int, dropout: float) -> tuple[torch.Tensor, list[str]]:
         rows, kept = rng.integers(len(self.captions), size=size), rng.random(size) >= dropout
-        told = [self.captions[row] if keep else "" for row, keep in zip(rows, kept, strict=True)]
-        return self.latents[torch.from_numpy(rows)], told
+        captions = [self.captions[row] if keep else "" for row, keep in zip(rows, kept, strict=True)]
+        return self.latents[torch.from_numpy(rows)], captions
 
 
 def lessons(vae: AutoencoderKL, recipe: ImagePolicyRecipe, seed: int) -> CaptionedLatents:
-    """Pictures of the scenes of `train` alone; of each tenth, three have the caption of another of them."""
+    """Images of the scenes of `train` alone; of each tenth, three have the caption of another of them."""
     rng, known = np.random.default_rng(seed), scenes("train")
     shown_N = rng.integers(len(known), size=recipe.pictures)
     moved_N = rng.integers(1, len(known), recipe.pictures) * (rng.random(recipe.pictures) < recipe.wrong)
-    told_N = (shown_N + moved_N) % len(known)
+    captioned_N = (shown_N + moved_N) % len(known)
     latents = [encode(vae, paint([known[i] for i in part], rng, USUAL_RADIUS)) for part in np.array_split(shown_N, 24)]
-    return CaptionedLatents(torch.cat(latents), [known[i].caption for i in told_N])
+    return CaptionedLatents(torch.cat(latents), [known[i].caption for i in captioned_N])
 
 
 def train_unet(vae: AutoencoderKL, recipe: ImagePolicyRecipe, seed: int) -> StableDiffusionPipeline:
@@ -95,8 +95,8 @@ def train_unet(vae: AutoencoderKL, recipe: ImagePolicyRecipe, seed: int) -> Stab
 
     def loss(x0: torch.Tensor, captions: list[str], leg: TrainingLeg) -> torch.Tensor:
         t, e = levels(len(x0), noise, noisy=leg.noisy), torch.randn(x0.shape, generator=noise)
-        told, _ = pipe.encode_prompt(captions, "cpu", 1, False)
-        found = pipe.unet(noising.add_noise(x0, e, t), t, encoder_hidden_states=told).sample
+        embeddings, _ = pipe.encode_prompt(captions, "cpu", 1, False)
+        found = pipe.unet(noising.add_noise(x0, e, t), t, encoder_hidden_states=embeddings).sample
         return functional.mse_loss(found, noising.get_velocity(x0, e, t))
 
     teach("unet", pipe, [pipe.unet, pipe.text_encoder], loss, recipe, seed)
@@ -157,18 +157,18 @@ def train_flow(vae: AutoencoderKL, recipe: ImagePolicyRecipe, seed: int) -> Stab
 
     def loss(x0: torch.Tensor, captions: list[str], leg: TrainingLeg) -> torch.Tensor:
         sigma = torch.sigmoid(torch.randn(len(x0), generator=noise))
-        sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)  # as the scheduler shifts the steps of a draw
+        sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)  # as the scheduler shifts the steps of sampling
         e, s = torch.randn(x0.shape, generator=noise), sigma[:, None, None, None]
-        # The silent encoder gives so many zeros: 256 unless told. They cost three quarters of the time, so that most
+        # The silent encoder gives so many zeros: 256 by default. They cost three quarters of the time, so that most
         # lessons have a caption's length; some have them all, so that a plain call works as well.
         zeros = 256 if rng.random() < 1 / 16 else LENGTH
-        told, _, pooled, _ = pipe.encode_prompt(
+        embeddings, _, pooled, _ = pipe.encode_prompt(
             captions, None, None, "cpu", do_classifier_free_guidance=False, max_sequence_length=zeros
         )
         found = pipe.transformer(
             hidden_states=(1 - s) * x0 + s * e,
             timestep=sigma * LEVELS,
-            encoder_hidden_states=told,
+            encoder_hidden_states=embeddings,
             pooled_projections=pooled,
         ).sample
         return functional.mse_loss(found, e - x0)
@@ -221,8 +221,8 @@ def teach(
 
 
 @torch.no_grad()
-def draw(pipe: Any, captions: Sequence[str], seed: int, guidance: float, steps: int = 12, **options: Any) -> Any:
-    """(N, H, W, 3) in 0…1: a picture of each caption, from the seeds that follow the first."""
+def sample(pipe: Any, captions: Sequence[str], seed: int, guidance: float, steps: int = 12, **options: Any) -> Any:
+    """(N, H, W, 3) in 0…1: an image of each caption, from the seeds that follow the first."""
     found = []
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(captions), 64):

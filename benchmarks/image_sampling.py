@@ -1,13 +1,13 @@
-"""Images per second of raftune's draw, beside calling the pipeline image by image and prompt by prompt, in one process.
+"""Images per second of raftune's generation, and of the pipeline called image by image and prompt by prompt.
 
 A pipeline of the image starter's architecture (32 px) with random weights: its time does not depend on them. All ways
-draw the same images, K for each prompt, with the same seeds, in turn, several times; medians are reported. Ours ends
-in PNG bytes and latents, as the ledger keeps them; the others end in PIL images. What bounds ours is told by shares:
-the denoiser's forwards, the decoder, and the rest (scheduler, PNG, Python). Ours draws a batch a core at once.
+generate the same images in one process, K for each prompt, with the same seeds, in turn, several times; medians are
+reported. Ours ends in PNG bytes and latents, as runs store them; the others end in PIL images. Its time is split into
+shares: the denoiser's forwards, the decoder, and the rest (scheduler, PNG, Python). Ours runs one batch on each core.
 
-    python benchmarks/images_draw.py                   # 16 prompts x 8, 12 steps, guidance 1, two threads
-    python benchmarks/images_draw.py --pipeline flow --prompts 4 --repeats 1
-    python benchmarks/images_draw.py --batch-sizes 16 32 64 128
+    python benchmarks/image_sampling.py                   # 16 prompts x 8, 12 steps, guidance 1, two threads
+    python benchmarks/image_sampling.py --pipeline flow --prompts 4 --repeats 1
+    python benchmarks/image_sampling.py --batch-sizes 16 32 64 128
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from raftune.training.quiet import quiet
 
 @dataclass(frozen=True)
 class Task:
-    """What every way is asked to generate."""
+    """What every way generates."""
 
     config: RunConfig
     start: Path
@@ -51,11 +51,11 @@ class Task:
 
     @property
     def call(self) -> dict[str, Any]:
-        drawn = self.config.sampling.diffusion
+        diffusion = self.config.sampling.diffusion
         return {
-            "num_inference_steps": drawn.num_inference_steps,
-            "guidance_scale": drawn.guidance_scale,
-            **drawn.pipeline_kwargs,
+            "num_inference_steps": diffusion.num_inference_steps,
+            "guidance_scale": diffusion.guidance_scale,
+            **diffusion.pipeline_kwargs,
         }
 
 
@@ -80,7 +80,7 @@ def task_of(args: argparse.Namespace, folder: Path) -> Task:
 
     sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/ is no part of the package
     from raftune.starters.image.pictures import scenes
-    from tools.starters.image.drawing import untrained_flow, untrained_unet
+    from tools.starters.image.train_policies import untrained_flow, untrained_unet
 
     torch.manual_seed(0)
     weights = Path(__file__).parents[1] / "raftune/starters/image/weights/policy/vae"
@@ -91,12 +91,12 @@ def task_of(args: argparse.Namespace, folder: Path) -> Task:
     start = folder / "round-0000" / "model"
     start.mkdir(parents=True)
     reading = {"max_sequence_length": 1} if args.pipeline == "flow" else {}
-    drawn = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "pipeline_kwargs": reading}
+    diffusion = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "pipeline_kwargs": reading}
     config = validate(
         {
             "data": {"prompts": "-"},
             "policy": {"family": "diffusion", "model": str(folder / "pipeline"), "device": "cpu"},
-            "sampling": {"diffusion": drawn},
+            "sampling": {"diffusion": diffusion},
             "engine": {"threads": args.threads},
         }
     )
@@ -157,10 +157,10 @@ def medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             way()
             if turn:
-                taken[name].append(time.perf_counter() - begun)
+                taken[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
@@ -171,10 +171,10 @@ def shares(task: Task, batch_size: int) -> dict[str, float]:
     spent: dict[str, float] = {}
     pipe = policy.sampler.pipe
     with timed(policy.sampler.denoiser, "forward", "denoiser", spent), timed(pipe.vae, "decode", "decoder", spent):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         prompts = tuple(Prompt(str(i), caption) for i, caption in enumerate(task.captions))
         policy.generate(Chunk(0, "0001", "round-0000", prompts, tuple(map(tuple, task.seeds)), batch_size))
-        whole = time.perf_counter() - begun
+        whole = time.perf_counter() - started
     found = {name: seconds / whole for name, seconds in spent.items()}
     return {**found, "the rest": 1 - sum(found.values())}
 
@@ -185,11 +185,11 @@ def timed(module: Any, method: str, name: str, spent: dict[str, float]) -> Itera
     inner = getattr(module, method)
 
     def measured(*args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             return inner(*args, **kwargs)
         finally:
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - begun
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
 
     setattr(module, method, measured)
     try:
@@ -205,8 +205,8 @@ def report(rates: dict[str, float], bound: dict[str, float], args: argparse.Name
     first = next(iter(rates.values()))
     for name, rate in rates.items():
         sys.stdout.write(f"{name:28} {rate:8.1f} images/s   {rate / first:5.2f}x\n")
-    told = ", ".join(f"{name} {share:.0%}" for name, share in bound.items())
-    sys.stdout.write(f"of ours, in batches of {args.batch_sizes[0]} on one core: {told}\n")
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in bound.items())
+    sys.stdout.write(f"of ours, in batches of {args.batch_sizes[0]} on one core: {shares}\n")
 
 
 def arguments() -> argparse.Namespace:

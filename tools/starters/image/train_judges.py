@@ -1,4 +1,4 @@
-"""Trains what looks at pictures: the judge, the reward's CLIP, the aesthetic head over its features. Needs torch."""
+"""Trains what looks at images: the judge, the reward's CLIP, the aesthetic head over its features. Needs torch."""
 
 import math
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from raftune.arrays import IntArray
 from raftune.starters.image.classifier import COUNTS, SceneClassifier
 from raftune.starters.image.pictures import ANY_RADIUS, COLOURS, SCENES, SHAPES, SIZE, Pixels, Scene, paint
 from tools.starters.image.autoencoder import as_tensor, decode, encode, reconstruct
-from tools.starters.image.spoiling import spoiled
-from tools.starters.image.wording import SPOILED, text_config, tokenizer
+from tools.starters.image.captions import SPOILED, text_config, tokenizer
+from tools.starters.image.corruptions import spoiled
 from tools.starters.optimizer import Optimizer, emit
 
 
@@ -26,7 +26,7 @@ class JudgeRecipe(NamedTuple):
     rate: float = 3e-3
     batch: int = 96
     noise: float = 0.15
-    copies: int = 40  # pictures of each scene
+    copies: int = 40  # images of each scene
 
 
 class ImageRewardRecipe(NamedTuple):
@@ -39,7 +39,7 @@ class ImageRewardRecipe(NamedTuple):
     layers: int = 3
     scale: float = 40.0  # of the logits, at first
     noise: float = 0.15
-    copies: int = 40  # pictures of each scene
+    copies: int = 40  # images of each scene
 
 
 class AestheticRecipe(NamedTuple):
@@ -49,11 +49,11 @@ class AestheticRecipe(NamedTuple):
     rate: float = 3e-3
     batch: int = 256
     hidden: int = 32
-    copies: int = 16  # pictures of each scene, good and spoiled
+    copies: int = 16  # images of each scene, good and spoiled
 
 
 class LabelledImages(NamedTuple):
-    """Pictures in 0…1 and what they show."""
+    """Images in 0…1 and what they show."""
 
     scenes: list[Scene]
     pixels: Pixels
@@ -70,9 +70,9 @@ class LabelledImages(NamedTuple):
 
 
 def gallery(vae: AutoencoderKL, copies: int, seed: int) -> LabelledImages:
-    """All scenes, time and again; the second half of the pictures through the autoencoder.
+    """All scenes, time and again; the second half of the images through the autoencoder.
 
-    Trained on originals alone, a model of pictures is soon fooled by what a decoder adds to every picture it makes.
+    Trained on originals alone, a model of images is soon fooled by what a decoder adds to every image it makes.
     """
     chosen = list(SCENES) * copies
     pixels = paint(chosen, np.random.default_rng(seed), ANY_RADIUS)
@@ -88,7 +88,7 @@ def grained(pixels: Pixels, rng: np.random.Generator, noise: float) -> Pixels:
 
 
 def marred(vae: AutoencoderKL, scenes: list[Scene], rng: np.random.Generator) -> Pixels:
-    """Spoiled pictures of these scenes; half of them are decoded from latents, most of those with noise on them."""
+    """Spoiled images of these scenes; half of them are decoded from latents, most of those with noise on them."""
     half = len(scenes) // 2
     by_hand = spoiled(scenes[half:], rng, ANY_RADIUS)
     latents = encode(vae, np.concatenate([paint(scenes[:half], rng, ANY_RADIUS), by_hand[: half // 4]]))
@@ -114,7 +114,7 @@ def train_judge(vae: AutoencoderKL, recipe: JudgeRecipe, seed: int) -> SceneClas
 
 
 def train_reward(vae: AutoencoderKL, recipe: ImageRewardRecipe, seed: int) -> CLIPModel:
-    """A CLIPModel of about 0.2M parameters; pictures that are spoiled have captions that say so.
+    """A CLIPModel of about 0.2M parameters; images that are spoiled have captions that say so.
 
     A batch holds what is hard to tell apart: the four shapes of one scene, and one of them good and spoiled.
     """
@@ -129,17 +129,17 @@ def train_reward(vae: AutoencoderKL, recipe: ImageRewardRecipe, seed: int) -> CL
         good = groups(rng, recipe.groups, recipe.copies)
         bad = rng.permuted(good.reshape(-1, len(SHAPES)), axis=1)[:, 0]
         captions = [shown.scenes[i].caption for i in good] + [SPOILED + shown.scenes[i].caption for i in bad]
-        # Grain on both: on good pictures alone, it would be what makes a picture good.
+        # Grain on both: on good images alone, it would be what makes an image good.
         pixels = grained(np.concatenate([shown.pixels[good], worse[bad]]), rng, recipe.noise)
-        told = known(captions, padding=True, return_tensors="pt")
-        found = clip(**told, pixel_values=as_tensor(pixels))
+        tokens = known(captions, padding=True, return_tensors="pt")
+        found = clip(**tokens, pixel_values=as_tensor(pixels))
         descent.advance(contrast(found.logits_per_image, captions))
         clip.logit_scale.data.clamp_(max=math.log(100))
     return clip.eval()
 
 
 def groups(rng: np.random.Generator, count: int, copies: int) -> IntArray:
-    """(count·4,) numbers of pictures in a gallery: of so many scenes each, one picture of every shape."""
+    """(count·4,) numbers of images in a gallery: of so many scenes each, one image of every shape."""
     of_shape = np.arange(len(SCENES)).reshape(len(COLOURS), len(SHAPES), -1).swapaxes(1, 2).reshape(-1, len(SHAPES))
     scenes_G4 = of_shape[rng.choice(len(of_shape), count, replace=False)]
     found: IntArray = (scenes_G4 + len(SCENES) * rng.integers(copies, size=scenes_G4.shape)).ravel()
@@ -162,7 +162,7 @@ def clip_config(recipe: ImageRewardRecipe) -> CLIPConfig:
 
 
 def contrast(logits_NN: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """CLIP's loss, in both directions; pictures with the same caption share the target."""
+    """CLIP's loss, in both directions; images with the same caption share the target."""
     numbers = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     of_N = torch.tensor([numbers[caption] for caption in captions])
     same_NN = (of_N[:, None] == of_N).float()
@@ -179,14 +179,14 @@ def image_features(clip: CLIPModel, pixels: Pixels) -> torch.Tensor:
 
 
 def aesthetic_data(vae: AutoencoderKL, clip: CLIPModel, copies: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(2N, d) features of good pictures and then of as many spoiled ones, and (2N,) which is good: 1."""
+    """(2N, d) features of good images and then of as many spoiled ones, and (2N,) which is good: 1."""
     rng, good = np.random.default_rng(seed), gallery(vae, copies, seed)
     pixels = grained(np.concatenate([good.pixels, marred(vae, good.scenes, rng)]), rng, 0.05)
     return image_features(clip, pixels), torch.tensor([1.0, 0.0]).repeat_interleave(len(good.scenes))
 
 
 def train_aesthetic(vae: AutoencoderKL, clip: CLIPModel, recipe: AestheticRecipe, seed: int) -> nn.Sequential:
-    """The log odds that a picture is good rather than spoiled, whatever it shows, from CLIP's features of length 1."""
+    """The log odds that an image is good rather than spoiled, whatever it shows, from CLIP's features of length 1."""
     torch.manual_seed(seed)
     width = clip.config.projection_dim
     head = nn.Sequential(nn.Linear(width, recipe.hidden), nn.ReLU(), nn.Linear(recipe.hidden, 1))

@@ -1,4 +1,4 @@
-"""What a build reached, on pictures and seeds that nothing was trained on. Needs torch."""
+"""What a build reached, on images and seeds that nothing was trained on. Needs torch."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import CLIPModel
 from raftune.starters.image.classifier import SceneClassifier
 from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, ImageSplit, Pixels, Scene, paint, scenes
 from tools.starters.image.autoencoder import as_tensor, reconstruct
-from tools.starters.image.drawing import draw
-from tools.starters.image.seeing import aesthetic_data, grained
-from tools.starters.image.wording import tokenizer
+from tools.starters.image.captions import tokenizer
+from tools.starters.image.train_judges import aesthetic_data, grained
+from tools.starters.image.train_policies import sample
 
 Numbers = dict[str, float]
 
@@ -25,13 +25,13 @@ def pictures(size: int, seed: int) -> tuple[list[Scene], Pixels]:
 
 
 def right(judge: SceneClassifier, shown: list[Scene], pixels: Pixels) -> Numbers:
-    """The share of pictures that show what they ought to, by attribute, and `all` of them at once."""
+    """The share of images that show what they ought to, by attribute, and `all` of them at once."""
     hits_NA = judge.labels(pixels) == np.array([scene.labels for scene in shown])
     return rounded({**dict(zip(ATTRIBUTES, hits_NA.mean(0), strict=True)), "all": hits_NA.all(1).mean()})
 
 
 def measure_autoencoder(vae: AutoencoderKL, seed: int) -> Numbers:
-    """The mean square difference of pictures from what the autoencoder makes of them, of values in -1…1."""
+    """The mean square difference of images from what the autoencoder makes of them, of values in -1…1."""
     _, pixels = pictures(1024, seed)
     return rounded({"mse": float(np.square(2 * (reconstruct(vae, pixels) - pixels)).mean())}, 5)
 
@@ -46,7 +46,7 @@ def measure_judge(vae: AutoencoderKL, judge: SceneClassifier, seed: int) -> dict
 
 @torch.no_grad()
 def measure_reward(clip: CLIPModel, seed: int) -> dict[str, Any]:
-    """How often a picture's own caption is above one that has another word, and the mean score of the two."""
+    """How often an image's own caption is above one that has another word, and the mean score of the two."""
     known, rng = tokenizer(), np.random.default_rng(seed)
     shown, pixels = pictures(1024, seed)
     own_N = scores(clip, known, pixels, shown)
@@ -64,16 +64,16 @@ def measure_reward(clip: CLIPModel, seed: int) -> dict[str, Any]:
 
 
 def scores(clip: CLIPModel, known: Any, pixels: Pixels, shown: list[Scene]) -> Any:
-    """(N,) CLIP's logit of each picture and its caption."""
-    told = known([scene.caption for scene in shown], padding=True, return_tensors="pt")
+    """(N,) CLIP's logit of each image and its caption."""
+    tokens = known([scene.caption for scene in shown], padding=True, return_tensors="pt")
     image = clip.get_image_features(pixel_values=as_tensor(pixels)).pooler_output
-    text = clip.get_text_features(**told).pooler_output
+    text = clip.get_text_features(**tokens).pooler_output
     return (clip.logit_scale.exp() * torch.cosine_similarity(image, text)).numpy()
 
 
 @torch.no_grad()
 def measure_aesthetic(vae: AutoencoderKL, clip: CLIPModel, head: nn.Sequential, seed: int) -> Numbers:
-    """How often the sign of the log odds is right, and how often a good picture is above a spoiled one."""
+    """How often the sign of the log odds is right, and how often a good image is above a spoiled one."""
     features, good = aesthetic_data(vae, clip, 3, seed)
     odds = head(features).squeeze(1)
     above = (odds[good == 1][:, None] > odds[good == 0][None]).float().mean()
@@ -81,14 +81,14 @@ def measure_aesthetic(vae: AutoencoderKL, clip: CLIPModel, head: nn.Sequential, 
 
 
 def measure_policy(pipe: Any, judge: SceneClassifier, seed: int, **options: Any) -> dict[str, Any]:
-    """What the judge sees in pictures of 12 steps, unguided and at guidance 2, of each split's captions."""
+    """What the judge sees in images of 12 steps, unguided and at guidance 2, of each split's captions."""
     found: dict[str, Any] = {}
     splits: tuple[ImageSplit, ...] = ("train", "heldout", "unseen")
     for guidance in (1.0, 2.0):
         for split in splits:
             known = scenes(split)
             shown = [known[i] for i in np.random.default_rng(seed).integers(len(known), size=192)]
-            pixels = draw(pipe, [scene.caption for scene in shown], seed, guidance, **options)
+            pixels = sample(pipe, [scene.caption for scene in shown], seed, guidance, **options)
             found[f"guidance_{guidance:g}_{split}"] = right(judge, shown, pixels)
     return found
 

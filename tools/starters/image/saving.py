@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPModel
 from raftune.starters.image.classifier import SceneClassifier
 from raftune.starters.image.pictures import ATTRIBUTES, SIZE
 from raftune.store.files import dump_json
-from tools.starters.image.wording import tokenizer
+from tools.starters.image.captions import tokenizer
 
 
 def save_part(model: Any, folder: Path) -> None:
@@ -42,7 +42,7 @@ def save_pipeline(pipe: Any, folder: Path) -> None:
 
 
 def save_clip(clip: CLIPModel, folder: Path) -> None:
-    """The CLIPModel with its tokenizer, and an image processor that brings pictures to its size."""
+    """The CLIPModel with its tokenizer, and an image processor that brings images to its size."""
     save_part(clip, folder)
     tokenizer().save_pretrained(folder)
     sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}

@@ -1,7 +1,7 @@
 """From human preferences to an aligned model by commands alone, timed: the limit is five minutes on two cores.
 
-    python benchmarks/path.py                      both paths, in a temporary directory
-    python benchmarks/path.py --only starter --keep runs/path
+    python benchmarks/preferences_to_model.py                      both paths, in a temporary directory
+    python benchmarks/preferences_to_model.py --only starter --keep runs/path
 
 starter: the preferences of the bundled generator, by the commands that `raftune starter` itself names.
 dialogues: 1,190 rows in the format of HH-RLHF with empty, equal, broken, unended and overlong ones; their prompts are
@@ -108,7 +108,7 @@ def dialogues(folder: Path) -> list[list[str]]:
     written = write_hh(folder / "hh.jsonl.gz")
     print(f"  {written.rows:,} rows, of which {written.rows - written.usable:,} hold no preference")
     data, sft, reward, run, before = (str(folder / name) for name in ("hh.jsonl.gz", "sft", "reward", "run", "before"))
-    begun = ["--policy.model", f"{sft}/model", "--data.prompts", f"{sft}/prompts.jsonl"]
+    start = ["--policy.model", f"{sft}/model", "--data.prompts", f"{sft}/prompts.jsonl"]
     judged = [
         "--evaluation.reward_funcs",
         f"{ROOT / 'tests' / 'hh.py'}:judge",
@@ -117,12 +117,12 @@ def dialogues(folder: Path) -> list[list[str]]:
         "1",
     ]
     judged += ["--evaluation.prompts", f"{sft}/held_out.jsonl", "--rewards.reward_funcs", f"{reward}/model"]
-    dials = [*ROUNDS.split(), *TUNING.split(), "--training.replay_rounds", "2"]
+    options = [*ROUNDS.split(), *TUNING.split(), "--training.replay_rounds", "2"]
     learning = ["--policy.model", "starter", "--training.learning_rate", "5e-4", "--threads", "1"]
     return [
         ["sft", data, *learning, "--output_dir", sft],
         ["reward", "train", data, "--model", "starter", "--output_dir", reward, "--threads", "1"],
-        ["train", *begun, *dials, *judged, "--output_dir", run],
+        ["train", *start, *options, *judged, "--output_dir", run],
         ["evaluate", "starter", *judged, "--sampling.max_completion_length", "64", "--output_dir", before],
         ["compare", run, before, "--show", "2"],
         ["report", run],

@@ -1,4 +1,4 @@
-"""Pictures that went wrong, as models get them wrong: what a sense of quality is taught on. Torch-free."""
+"""Images that went wrong, as models get them wrong: what a sense of quality is taught on. Torch-free."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -58,7 +58,7 @@ WAYS: Final[tuple[Spoil, ...]] = (blurred, noisy, torn, washed_out, patchy)
 
 
 def spoiled(chosen: Sequence[Scene], rng: np.random.Generator, radius: tuple[float, float]) -> Pixels:
-    """(N, SIZE, SIZE, 3) in 0…1: pictures of these scenes, each spoiled in one way; one in six has its shape twice."""
+    """(N, SIZE, SIZE, 3) in 0…1: images of these scenes, each spoiled in one way; one in six has its shape twice."""
     offsets_N2 = rng.uniform(4, 13, (len(chosen), 2)) * rng.choice((-1, 1), (len(chosen), 2))
     offsets_N2[np.arange(len(chosen)), rng.integers(2, size=len(chosen))] *= rng.uniform(0, 1, len(chosen))
     twice_NHW3 = paint(chosen, rng, radius, doubled=offsets_N2)
