@@ -219,7 +219,7 @@ def summary(runs: list[dict[str, Any]], marks: list[float]) -> str:
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Seconds of a round in generation, reward and training, and the rest's share, with and without report and guards."""
+    """Seconds of a round in generation, reward and training, and the rest, with and without report and guards."""
     from raftune.policies.causal_lm import CausalLM
     from raftune.rewards.panel import RewardSet
 
