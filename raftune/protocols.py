@@ -202,7 +202,7 @@ class SupportsTrainer(Protocol):
 
 @runtime_checkable
 class SupportsDescription(Protocol):
-    """A family that describes its samples and their options; the default is answers and temperature."""
+    """A family that describes its samples and their options; the default is completions and temperature."""
 
     @classmethod
     def describe_samples(cls, config: Any, count: int) -> str:
@@ -233,7 +233,7 @@ class ModelUsage:
     task: str = ""
     code: str = ""
     note: str = ""
-    generated: str = "answers to"
+    generated: str = "completions to"
 
 
 @runtime_checkable

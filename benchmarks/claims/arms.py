@@ -209,7 +209,7 @@ def divergence(assembly: Any, reference: str | Path) -> float:
     import numpy as np
     import pyarrow as pa
 
-    from raftune.stages.plan import prompts_by_domain_samples
+    from raftune.stages.plan import prompts_of_samples
     from raftune.store.layout import chunk_file, chunk_numbers
     from raftune.store.parquet import read_table
 
@@ -219,7 +219,7 @@ def divergence(assembly: Any, reference: str | Path) -> float:
     ours, theirs = assembly.policies.at(run.folder(0, "model")), load(assembly, reference)
     for chunk in chunk_numbers(samples_folder):
         samples: pa.Table = read_table(samples_folder / chunk_file(chunk))
-        prompts = prompts_by_domain_samples(plan, chunk, samples)
+        prompts = prompts_of_samples(plan, chunk, samples)
         ratios.append(ours.recorded_log_probs(samples) - theirs.log_probs(prompts, samples, 128))
     return max(0.0, float(np.concatenate(ratios).mean()))  # of a model to itself it is 0 but for rounding
 
@@ -237,7 +237,7 @@ def load(assembly: Any, model: str | Path) -> Any:
 
 
 def history(root: Path, sizes: Sizes) -> dict[str, Any]:
-    """What the selections kept: the reward of round 1's winners; the share of prompts that yielded nothing, and which.
+    """What the selections kept: the reward of round 1's winners; the share of prompts without kept samples, and which.
 
     starved_by_domain: of each domain of the generator, how many prompts had no kept samples, and how many there were.
     """

@@ -89,7 +89,7 @@ def section(number: int, claim: Claim, found: list[Verdict], results: Results, s
 
 
 def starved_words(name: str, found: Sequence[Result]) -> str:
-    """Which prompts yielded nothing, by kind of request over all seeds, the worst first; and some of them."""
+    """Which prompts had no kept samples, by kind of request over all seeds, the worst first; and some of them."""
     totals: dict[str, list[int]] = {}
     for result in found:
         for domain, (empty_prompts, count) in result["starved_by_domain"].items():
@@ -98,7 +98,7 @@ def starved_words(name: str, found: Sequence[Result]) -> str:
     order = sorted(totals, key=lambda domain: -totals[domain][0] / totals[domain][1])
     kinds = ", ".join(f"{domain} {totals[domain][0]} of {totals[domain][1]}" for domain in order)
     examples = "; ".join(f"“{text}”" for result in found for text in result["starved_prompts"][:2])
-    return f"Prompts that yielded nothing under {name} ranking, by kind of request: {kinds}. For example: {examples}."
+    return f"Prompts without kept samples under {name} ranking, by kind of request: {kinds}. For example: {examples}."
 
 
 def cell(values: list[float | None], digits: int) -> str:

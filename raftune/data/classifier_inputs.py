@@ -101,7 +101,7 @@ def templated(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
     if not tokenizer.chat_template:
         raise RewardError(
             f"reward model {getattr(tokenizer, 'name_or_path', '')!r}: its tokenizer has no chat template, and the "
-            "prompts are messages. Set options.include_prompt: false to score the answer's text alone, or give a "
+            "prompts are messages. Set options.include_prompt: false to score the completion's text alone, or give a "
             "template."
         )
     return apply_template(tokenizer, messages, **on_date(tokenizer, DATED))

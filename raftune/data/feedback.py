@@ -56,8 +56,8 @@ RATING = (
 )
 BY_REWARDS = ", which a run's rewards gave and no person: what is learned from them is that reward again"
 DEMONSTRATION = (
-    "A demonstration is a preference (its chosen answer is learned from), or has prompt and completion, or prompt and "
-    "image, or messages that end with the assistant's."
+    "A demonstration is a preference (its chosen completion is learned from), or has prompt and completion, or prompt "
+    "and image, or messages that end with the assistant's."
 )
 
 
@@ -230,16 +230,16 @@ def choose(
     if min_score is None and keep is None:
         if len(set(scores)) > 1:
             raise DataError(
-                f"{field} holds answers with a score (one of the columns {', '.join(SCORE)}), from {min(scores):g} to "
-                f"{max(scores):g}; learning all alike would teach the bad ones too. Choose: --min-score X learns those "
-                "of X or more, --keep best the best of each prompt, --keep all every one. `reward train` learns to "
+                f"{field} holds completions with a score (one of the columns {', '.join(SCORE)}), from {min(scores):g} "
+                f"to {max(scores):g}; learning all alike would teach the bad ones too. Choose: --min-score X learns "
+                "those of X or more, --keep best the best of each prompt, --keep all every one. `reward train` learns to "
                 "tell them apart."
             )
         return feedback
     if not scores and keep != "all":
         raise DataError(
-            f"{field} must hold answers with a score ({', '.join(SCORE)}) for --min-score and --keep best; there is "
-            "none. Leave these out, or name the column: --columns score=COLUMN."
+            f"{field} must hold completions with a score ({', '.join(SCORE)}) for --min-score and --keep best; there "
+            "is none. Leave these out, or name the column: --columns score=COLUMN."
         )
     best: dict[str, tuple[float, int]] = {}  # of each prompt, the highest score and its first row
     for number, row in enumerate(feedback.rows):
@@ -258,7 +258,7 @@ def choose(
             rows.append(row)
     if not rows:
         raise DataError(
-            f"{field}: no answer has a score of data.min_score = {min_score} or more; the highest is {max(scores):g}. "
-            "Lower it."
+            f"{field}: no completion has a score of data.min_score = {min_score} or more; the highest is "
+            f"{max(scores):g}. Lower it."
         )
     return Feedback(rows, sorted(skipped, key=lambda row: row.row), feedback.format, feedback.source)

@@ -191,7 +191,7 @@ def texts_of(samples: pa.Table) -> list[str]:
 
 
 def repeats(texts: Sequence[str], groups: IntArray) -> list[list[int]]:
-    """Clusters of near-duplicates in which there are answers to two prompts or more, the largest first."""
+    """Clusters of near-duplicates in which there are completions to two prompts or more, the largest first."""
     return [cluster for cluster in duplicate_clusters(texts) if len(set(groups[cluster].tolist())) > 1]
 
 
@@ -215,7 +215,7 @@ def held_out_falls(data: RoundData) -> Alarm | None:
 
     Both by paired differences: the same prompts with the same seeds. With t earlier rounds to choose from, the fall
     must be less likely by chance than false_alarms / t, so that false_alarms bounds the chance in every round
-    (Bonferroni) that a policy whose held-out reward does not change raises this. Names the answers with the lowest
+    (Bonferroni) that a policy whose held-out reward does not change raises this. Names the completions with the lowest
     held-out scores among the quarter with the highest trained ones.
     """
     now, earlier, judge = data.inputs.held_out, data.inputs.earlier, data.inputs.judge
@@ -300,10 +300,10 @@ def odds(chance: float) -> str:
 
 
 def text_diversity_drops(data: RoundData) -> Alarm | None:
-    """Raised where the kept answers' distinct-2 has lost this share, against the samples of this round or of round 1.
+    """Raised where the kept completions' distinct-2 lost this share, against the samples of this round or of round 1.
 
-    Each is measured on as many answers as were kept; that of round 1 is left out where the sizes are too unlike. Names
-    the kept answers whose word pairs are the most common among all that were kept.
+    Each is measured on as many completions as were kept; that of round 1 is left out where the sizes are too unlike.
+    Names the kept completions whose word pairs are the most common among all that were kept.
     """
     kept = data.sets["kept"]
     if "text" not in kept.column_names or kept.num_rows < FEWEST or "distinct_2" not in data.selected:
@@ -323,12 +323,12 @@ def text_diversity_drops(data: RoundData) -> Alarm | None:
     return Alarm(
         "diversity_drops",
         "What was kept is less varied than what was generated",
-        f"of the word pairs in the {kept.num_rows} kept answers {percent(here)} are different; {against}",
+        f"of the word pairs in the {kept.num_rows} kept completions {percent(here)} are different; {against}",
         numbers | {"lost": max(lost.values())},
         named(
             kept,
             np.argsort(-common, kind="stable"),
-            lambda row: f"its word pairs occur in {common[row]:.0f} of {len(pairs)} kept answers, on average",
+            lambda row: f"its word pairs occur in {common[row]:.0f} of {len(pairs)} kept completions, on average",
         ),
     )
 
@@ -382,7 +382,7 @@ def image_diversity_drops(data: RoundData) -> Alarm | None:
 def mean_drifts(data: RoundData, measure: str) -> Alarm | None:
     """Raised where the mean of what was kept is far from that of the samples of this round or of round 1.
 
-    By the whole 95 % interval over prompts: kept answers are so many times as long, or as short; kept images are so
+    By the whole 95 % interval over prompts: kept completions are so many times as long, or as short; kept images are so
     much more, or less, saturated, or have lost this share of their contrast. Names the most extreme of what was kept.
     """
     kept, limits = data.sets["kept"], data.limits
@@ -398,7 +398,7 @@ def mean_drifts(data: RoundData, measure: str) -> Alarm | None:
     least, most = min(means.values()), max(means.values())
     alarm: AlarmName
     if measure == "length":
-        alarm, noun, digits, sample_digits = "length_drifts", "answers", 1, 0
+        alarm, noun, digits, sample_digits = "length_drifts", "completions", 1, 0
         above, below = limits.length_factor * least, most / limits.length_factor
         words = ("is much longer", "is much shorter")
     elif measure == "saturation":
@@ -429,8 +429,8 @@ def mean_drifts(data: RoundData, measure: str) -> Alarm | None:
 def near_duplicates(data: RoundData) -> Alarm | None:
     """Raised where the share of kept samples that nearly repeat another prompt's rose by this above round 1's.
 
-    Answers that are alike from the beginning, such as the letters of a multiple choice, raise nothing. Names answers of
-    the largest clusters, or the images nearest to another prompt's, a prompt each.
+    Completions that are alike from the beginning, such as the letters of a multiple choice, raise nothing. Names
+    completions of the largest clusters, or the images nearest to another prompt's, a prompt each.
     """
     kept = data.sets["kept"]
     here, there = data.selected.get("near_duplicates"), data.first.get("near_duplicates")
@@ -439,11 +439,13 @@ def near_duplicates(data: RoundData) -> Alarm | None:
         return None
     noun, numbers = "images", {"selected": here, "first": there}
     if "text" in kept.column_names:
-        noun, clusters = "answers", repeats(texts_of(kept), prompt_numbers(kept))
+        noun, clusters = "completions", repeats(texts_of(kept), prompt_numbers(kept))
         numbers["clusters"] = [len(cluster) for cluster in clusters[:SHOWN]]
         prompts = kept.column("prompt_id").to_pylist()
         others = {row: len({prompts[i] for i in cluster}) - 1 for cluster in clusters for row in cluster}
-        samples = named(kept, others, lambda row: f"nearly the same as answers kept for {others[row]} other prompts")
+        samples = named(
+            kept, others, lambda row: f"nearly the same as completions kept for {others[row]} other prompts"
+        )
     else:
         rows, small_ND = thumbnails(kept)
         distances, twins = nearest(small_ND, prompt_numbers(kept)[rows])
@@ -524,12 +526,12 @@ def part_dominates(data: RoundData) -> Alarm | None:
 
 
 def kl_beyond_budget(data: RoundData) -> Alarm | None:
-    """Raised where the KL to the start, the mean over prompts in nats per answer, is above the budget.
+    """Raised where the KL to the start, the mean over prompts in nats per completion, is above the budget.
 
     Without a budget, where it is above what selection can teach, and above max_kl_per_token nats a token: what is kept
     of K candidates is at most K times as likely as it was, so that a policy that learned its law, and nothing else, is
     after R rounds at most R log(K) nats from the start. A fit to few rows may go beyond it, hence the second condition,
-    which needs counted tokens. Names the held-out answers that the start would have given the least, as against now.
+    which needs counted tokens. Names the held-out completions that are least likely under the start, compared with now.
     """
     held_out, samples, budget = data.inputs.held_out, data.inputs.samples, data.limits.max_kl
     if held_out is None or "log_ratio" not in held_out.column_names:
@@ -543,7 +545,7 @@ def kl_beyond_budget(data: RoundData) -> Alarm | None:
         if kl["mean"] <= budget:
             return None
         title, numbers = "its budget", numbers | {"budget": budget}
-        evidence = f"the KL to the start is {spread(kl, 2)} nats per answer; the budget is {budget:g}"
+        evidence = f"the KL to the start is {spread(kl, 2)} nats per completion; the budget is {budget:g}"
     else:
         finite = np.isfinite(ratio)
         tokens = numbers_of(held_out, "length")[finite].sum() if "length" in held_out.column_names else 0.0
@@ -557,7 +559,7 @@ def kl_beyond_budget(data: RoundData) -> Alarm | None:
         title = "its selection explains"
         numbers |= {"per_token": per_token, "taught": taught, "limit": most}
         evidence = (
-            f"the KL to the start is {spread(kl, 2)} nats per answer, {per_token:.2f} a token; to choose among "
+            f"the KL to the start is {spread(kl, 2)} nats per completion, {per_token:.2f} a token; to choose among "
             f"{candidates:.0f} for {rounds} round{'s' * (rounds != 1)} explains at most {taught:.1f} nats"
         )
     return Alarm(
@@ -593,7 +595,7 @@ def loss_diverges(data: RoundData) -> Alarm | None:
     )
 
 
-# -- answers that teach nothing ---------------------------------------------------------------------------------------
+# -- completions that teach nothing ------------------------------------------------------------------------------------
 
 
 def equal_scores(data: RoundData) -> Alarm | None:
@@ -640,17 +642,17 @@ def identical_candidates(data: RoundData) -> Alarm | None:
 
 
 def flagged(data: RoundData, flag: str) -> Alarm | None:
-    """Raised where more than this share of the answers of a set are empty, or were cut off. Names some of them."""
+    """Raised where more than this share of the completions of a set are empty, or were cut off. Names some of them."""
     sets = {}
     for name, table in data.sets.items():
         if flag in table.column_names:
             values = numbers_of(table, flag)
             rows, measured = np.flatnonzero(values == 1), int(np.isfinite(values).sum())
-            sets[name] = (f"{name.replace('_', '-')} answers", len(rows), measured, rows)
+            sets[name] = (f"{name.replace('_', '-')} completions", len(rows), measured, rows)
     if flag == "empty":
-        title, limit = "Many answers are empty", data.limits.empty_share
+        title, limit = "Many completions are empty", data.limits.empty_share
         return share_above(data, sets, limit, "empty_answers", title, "{} are empty", "is empty")
-    title, sentence = "Many answers are cut off", "{} were cut off at max_completion_length"
+    title, sentence = "Many completions are cut off", "{} were cut off at max_completion_length"
     return share_above(data, sets, data.limits.cut_off_share, "cut_off", title, sentence, "was cut off")
 
 

@@ -68,7 +68,7 @@ class RewardMetrics:
 
 
 class KLMetrics:
-    """KL to the start: the mean of log p - log p0 over the policy's own samples, nats per answer, and per token."""
+    """KL to the start: the mean of log p - log p0 over the policy's own samples, nats per completion, and per token."""
 
     needs = frozenset({"log_probs"})
 
@@ -79,8 +79,8 @@ class KLMetrics:
 class EntropyMetrics:
     """Entropy of the policy in nats: the mean of -log p over its own samples, per completion and per token.
 
-    Per answer it is an unbiased estimate of the cross-entropy from the distribution sampled from to the policy's own
-    (untempered, whole) law of answers of at most max_completion_length tokens. At temperature 1 and without top_p,
+    Per completion it is an unbiased estimate of the cross-entropy from the sampling distribution to the policy's own
+    (untempered, whole) law of completions of at most max_completion_length tokens. At temperature 1 and without top_p,
     top_k, min_p or a penalty the two laws are one, and it is the policy's entropy, the mean over prompts. `per token`
     is the ratio of the sums over all samples, EOS counted.
     """
@@ -97,9 +97,9 @@ class EntropyMetrics:
 
 
 class PerplexityMetrics:
-    """exp(-Σ log p / Σ tokens) over reference answers to the held-out prompts, EOS counted, the interval over prompts.
+    """exp(-Σ log p / Σ tokens) over reference completions of held-out prompts, EOS counted, the interval over prompts.
 
-    None where an answer is impossible under the policy, which makes it infinite. `references` counts the answers
+    None where a completion is impossible under the policy, which makes it infinite. `references` counts the completions
     measured, left out (empty, or unfit for the model) and impossible.
     """
 
@@ -216,7 +216,7 @@ def best_of_curve(groups: IntArray, scores: FloatArray) -> dict[str, Any]:
 
 
 def nats(samples: pa.Table, name: str, values: FloatArray) -> dict[str, Any]:
-    """The mean of (N,) nats of each answer, and per token where tokens are known."""
+    """The mean of (N,) nats of each completion, and per token where tokens are known."""
     groups = prompt_numbers(samples)
     measures: dict[str, Any] = {name: interval(mean_by_prompt(groups, values))}
     if "completion_ids" in samples.column_names:

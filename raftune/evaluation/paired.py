@@ -14,7 +14,7 @@ FEWEST = 6  # prompts: with fewer, no assignment of signs reaches p = 0.05, so n
 EXACT = 14  # prompts up to which all 2^n assignments of signs are looked at
 FLIPS = 9_999  # assignments generated at random beyond that: p is resolved to 1 / (FLIPS + 1)
 BLOCK = 1_000_000
-ROUNDING = 1e-5  # relative: what another batch may change in the score of one and the same answer, in float32
+ROUNDING = 1e-5  # relative: what another batch may change in the score of the same completion, in float32
 
 
 @dataclass(frozen=True, slots=True)

@@ -352,7 +352,9 @@ class Measurements:
                 widths = widths[:1]
             tokens = min(longest, affordable * widths[0] // sum(widths))
             if tokens <= brief and len(widths) == 1:  # there is no time for more
-                self.result.cut_short += [f"answers were generated to {brief} of {longest} tokens"] * (self.factor > 1)
+                self.result.cut_short += [f"completions were generated to {brief} of {longest} tokens"] * (
+                    self.factor > 1
+                )
                 return samples
             tokens = max(tokens, min(LEAST, longest))
 
@@ -368,7 +370,7 @@ class Measurements:
             token = (first - seconds[0]) / (brief - tokens) if brief != tokens else 0.0
             record(tokens, seconds, samples, token if token > 0 else seconds[0] / tokens)
         if self.factor > 1:
-            self.result.cut_short.append(f"answers were generated to {tokens} of {longest} tokens")
+            self.result.cut_short.append(f"completions were generated to {tokens} of {longest} tokens")
         return samples
 
     def time_rewards(self, rewards: Any) -> tuple[LinearTime, list[Score]]:

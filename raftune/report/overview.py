@@ -118,7 +118,9 @@ def figures(data: ReportData) -> list[dict[str, str]]:
     kls = by_round(data.reader, "kl")
     at = best or max(kls, default=0)  # where no round was better than the start, of the last one
     if at and at in kls:
-        entries.append(("KL to the start", number(kls[at].y, 2), f"nats per answer{'' if best else f', round {at}'}"))
+        entries.append(
+            ("KL to the start", number(kls[at].y, 2), f"nats per completion{'' if best else f', round {at}'}")
+        )
     kept, generated = (sum(row.get(name, 0) for row in data.document["by_round"]) for name in ("kept", "samples"))
     if generated:
         entries.append(("kept of generated", f"{kept:,}", f"of {generated:,}"))
@@ -186,7 +188,7 @@ def chart(
         id=id,
         title=title,
         caption=caption or meanings,
-        picture=line_chart(
+        svg=line_chart(
             series,
             title=title,
             description=described(series),
@@ -213,13 +215,13 @@ def best_of_chart(data: ReportData) -> Markup:
     ]
     if not lines:
         return Markup()
-    title, words = "Worth of a larger K", described(lines)
+    title, words = "Value of a larger K", described(lines)
     return render(
         "figure.html",
         id="best-of-k",
         title=title,
         caption=f"reward of the best of k samples. {worth(curves[0] or curves[data.best])}",
-        picture=line_chart(lines, title=title, description=words, x_label="k: best of so many", log_x=True),
+        svg=line_chart(lines, title=title, description=words, x_label="k: best of so many", log_x=True),
         numbers=number_table(lines, "k", label=f"{title}: numbers"),
     )
 

@@ -40,7 +40,7 @@ UNREADABLE = "(not readable: the round's plan is damaged)"
 # which no file can hold. JSON allows each of them as an escape.
 _RISKY = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 PROMPTS_BY = (
-    "alarms that name their samples, then in turn the largest margins, prompts that yielded nothing, and a random "
+    "alarms that name their samples, then in turn the largest margins, prompts without kept samples, and a random "
     "choice by hash, spread over the rounds"
 )
 ANSWERS_BY = (
@@ -79,7 +79,7 @@ class HeldOutPair(NamedTuple):
 
 
 def order_groups(groups: Sequence[PromptGroup], most: int) -> list[PromptGroup]:
-    """The most instructive prompts of a round first: largest margins, those that yielded nothing, and by hash, in turn.
+    """The most instructive prompts of a round first: largest margins, those without kept samples, and by hash, in turn.
 
     A prompt's id is a hash: the smallest ids are a random choice, and the same one in every round.
     """
@@ -141,7 +141,7 @@ def shown(
 
 
 def encoded_size(item: Any) -> int:
-    """The bytes that the item takes in the page, with what is escaped there: six for each `<` of an answer of code."""
+    """The bytes that the item takes in the page after escaping, which makes six bytes of each `<`."""
     return len(embedded(item).encode())
 
 
@@ -372,7 +372,7 @@ def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dic
     for round_, origin, sample_id in chosen:
         by_round[round_].add(sample_id)
         by_origin[origin].add(sample_id)
-    verdicts: dict[tuple[str, str], Row] = {}  # of reference answers there are none
+    verdicts: dict[tuple[str, str], Row] = {}  # of reference completions there are none
     for origin, ids in by_origin.items():
         number = origin.removeprefix("round-")
         if number.isdigit():
@@ -386,7 +386,7 @@ def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dic
                 name_images(reader, rows, StageFile(round_, "rows", "rows.parquet"))
             for row in rows:
                 verdict = verdicts.get((row["origin"], row["sample_id"]), {})
-                reference = "a reference answer" if row["origin"] == "reference" else None
+                reference = "a reference completion" if row["origin"] == "reference" else None
                 items[round_, row["origin"], row["sample_id"]] = {
                     **{name: row[name] for name in ("origin", "source", "sample_id", "prompt_id")},
                     "round": round_,
@@ -405,7 +405,7 @@ def row_items(reader: RunReader, chosen: list[tuple[int, str, str]]) -> list[dic
 def generated_rows(reader: RunReader, round_: int, stage: str, chunk: int, prompt_ids: Iterable[str]) -> list[Row]:
     """The chunk's samples of these prompts, token ids as their number; none where the file cannot be read.
 
-    Of images the completion is {"image": hash}; the reader then knows where they lie.
+    Of images the completion is {"image": hash}; the reader then knows where they are.
     """
     table = reader.chunk(round_, stage, chunk, stored(reader, GENERATED))
     if table is None:

@@ -146,7 +146,7 @@ def is_bundled(config: RunConfig) -> bool:
     return resolve_model(name, config.policy.family) != name
 
 
-def summary(run: RunFolder, config: RunConfig, round_: int, generated: str = "answers to") -> str:
+def summary(run: RunFolder, config: RunConfig, round_: int, generated: str = "completions to") -> str:
     rewards = ", ".join(f"`{name}`" for name in config.rewards.names) or "Python objects"
     start, name = base_name(config) or "the start model", getattr(config.policy, "model", None)
     if isinstance(name, str) and is_bundled(config):

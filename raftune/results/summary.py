@@ -38,22 +38,22 @@ per_cent = partial(percent, digits=1)
 MEASURES = {
     "reward": Measure("reward", "the mean over held-out prompts", key="reward"),
     "held_out": Measure("held out", "a reward that is never trained on", key="held_out"),
-    "frac_reward_zero_std": Measure("no spread", "share of prompts whose answers all score the same"),
-    "kl": Measure("KL", "to the start model, nats of an answer", two_digits, "kl"),
+    "frac_reward_zero_std": Measure("no spread", "share of prompts whose completions all score the same"),
+    "kl": Measure("KL", "to the start model, nats of a completion", two_digits, "kl"),
     "kl_per_token": Measure("  per token", "nats of a token"),
-    "entropy": Measure("entropy", "nats of an answer: how undecided the policy is", two_digits),
+    "entropy": Measure("entropy", "nats of a completion: how undecided the policy is", two_digits),
     "entropy_per_token": Measure("  per token", "nats of a token"),
-    "perplexity": Measure("perplexity", "of the reference answers: lower is likelier", two_digits, "perplexity"),
-    "completions/mean_length": Measure("length", "tokens of an answer, on average", "{:.1f}".format, "length"),
+    "perplexity": Measure("perplexity", "of the reference completions: lower is likelier", two_digits, "perplexity"),
+    "completions/mean_length": Measure("length", "tokens of a completion, on average", "{:.1f}".format, "length"),
     "completions/clipped_ratio": Measure(
-        "cut off", "share of answers that reached max_completion_length", key="clipped"
+        "cut off", "share of completions that reached max_completion_length", key="clipped"
     ),
     "distinct_1": Measure("distinct-1", "different words over all words"),
     "distinct_2": Measure("distinct-2", "different word pairs over all word pairs", key="distinct_2"),
-    "unique_1": Measure("unique-1", "words that occur once in all answers", integer),
-    "unique_2": Measure("unique-2", "word pairs that occur once in all answers", integer),
+    "unique_1": Measure("unique-1", "words that occur once in all completions", integer),
+    "unique_2": Measure("unique-2", "word pairs that occur once in all completions", integer),
     "msttr_100": Measure("MSTTR", "different words in a hundred, on average (MSTTR-100)", key="msttr"),
-    "similarity": Measure("similarity", "of two answers to one prompt: 1 where they are the same"),
+    "similarity": Measure("similarity", "of two completions to one prompt: 1 where they are the same"),
     "brightness": Measure("brightness", "mean luma of an image: 0 black, 1 white"),
     "saturation": Measure("saturation", "mean saturation of an image: 0 grey, 1 pure colours", key="saturation"),
     "contrast": Measure("contrast", "standard deviation of an image's luma, at most 0.5", key="contrast"),
@@ -171,7 +171,7 @@ def columns_for(rows: Iterable[Row], held_out: Sequence[str] = ()) -> list[Summa
     ties, kept = f"prompts with nothing to rank: {SAME}", "samples trained on, of those generated"
     columns += [
         SummaryColumn("nothing_to_rank", "ties", ties, lambda row: f"{row['nothing_to_rank']}/{row['prompts']}"),
-        number("clipped_kept", "cut off", "share of the kept answers that were cut off", per_cent),
+        number("clipped_kept", "cut off", "share of the kept completions that were cut off", per_cent),
         SummaryColumn("kept", "kept", kept, lambda row: f"{row['kept']}/{row['samples']}"),
         number("seconds", "time", "of this round", duration),
     ]
@@ -304,7 +304,7 @@ def worth_of_k(curve: Sequence[BestOfKPoint]) -> str:
         return ""
     last, before = curve[-1], curve[-2]
     if before.gain is None:
-        return f"K={last.k} gains nothing over one answer: all answers to a prompt score about the same"
+        return f"K={last.k} gains nothing over one completion: all completions to a prompt score about the same"
     return f"K={before.k} gives {percent(before.gain)} of the gain of K={last.k}"
 
 
@@ -312,13 +312,13 @@ def worth_of_k(curve: Sequence[BestOfKPoint]) -> str:
 
 
 def selection_words(summary: Mapping[str, Any]) -> list[str]:
-    """What should be said of a round's selection: how many prompts had no ranking, and kept answers cut off."""
+    """What should be said of a round's selection: how many prompts had no ranking, and kept completions cut off."""
     ties, prompts, cut = (summary.get(key) or 0 for key in ("nothing_to_rank", "prompts", "clipped_kept"))
     lines = []
     if ties > WORTH_SAYING["nothing_to_rank"](dict(summary)):
         lines.append(f"{ties} of {counted(prompts, 'prompt')} had nothing to rank: {SAME}")
     if cut > WORTH_SAYING["clipped_kept"](dict(summary)):
-        lines.append(f"{percent(cut)} of the kept answers were cut off at max_completion_length")
+        lines.append(f"{percent(cut)} of the kept completions were cut off at max_completion_length")
     return lines
 
 

@@ -13,7 +13,7 @@ from raftune.results.summary import ends_of, spread
 
 FEWEST = 10  # held-out prompts: below, a bootstrap interval says nothing
 BINS = 10  # of confidence in [0.5, 1], and of predictions
-# By how much the preferred answer is longer, as a share of the longer one of the two: (name, from, to).
+# By how much the preferred completion is longer, as a share of the longer one of the two: (name, from, to).
 LENGTHS = (
     ("much shorter", -1.01, -0.5),
     ("shorter", -0.5, -0.1),
@@ -21,7 +21,7 @@ LENGTHS = (
     ("longer", 0.1, 0.5),
     ("much longer", 0.5, 1.01),
 )
-ONE_SIDED = 0.9  # a model that prefers the longer (or the shorter) answer so often may be measuring nothing else
+ONE_SIDED = 0.9  # a model that prefers the longer (or the shorter) completion so often may be measuring nothing else
 
 
 def verdict(objective: str, report: dict[str, Any]) -> tuple[bool, str]:
@@ -40,12 +40,12 @@ def verdict(objective: str, report: dict[str, Any]) -> tuple[bool, str]:
         return True, f"is better than chance: {shown}"
     rule = "longer" if report["length"]["prefers_longer"] >= 0.5 else "shorter"
     gain = spread(report["length"]["gain_over_length"])
-    length = f"not than the rule that the {rule} answer wins, over which it gains {gain}"
+    length = f"not than the rule that the {rule} completion wins, over which it gains {gain}"
     return True, f"is better than chance, but {length}: {shown}"
 
 
 def better_than_length(report: dict[str, Any]) -> bool:
-    """Whether a model of preferences ranks more pairs than the rule that the longer (or the shorter) answer wins."""
+    """Whether a model of preferences ranks more pairs than the rule that the longer (or shorter) completion wins."""
     ends = ends_of(report["length"]["gain_over_length"] or {})
     return ends is not None and ends[0] > 0
 
@@ -53,7 +53,7 @@ def better_than_length(report: dict[str, Any]) -> bool:
 def pairwise_report(scores_N2: FloatArray, lengths_N2: FloatArray, prompts_N: IntArray) -> dict[str, Any]:
     """Metrics of N held-out pairs, with intervals by the bootstrap over prompts.
 
-    scores_N2, lengths_N2: of the preferred answer and of the other; lengths in tokens.
+    scores_N2, lengths_N2: of the preferred completion and of the other; lengths in tokens.
     """
     margins = scores_N2[:, 0] - scores_N2[:, 1]
     return {
@@ -66,7 +66,7 @@ def pairwise_report(scores_N2: FloatArray, lengths_N2: FloatArray, prompts_N: In
 
 
 def right(margins: FloatArray) -> FloatArray:
-    """1 where the preferred answer scores higher, 0 where lower, ½ at a tie."""
+    """1 where the preferred completion scores higher, 0 where lower, ½ at a tie."""
     return np.asarray((np.sign(margins) + 1) / 2, dtype=np.float64)
 
 
@@ -101,7 +101,7 @@ def calibration(margins: FloatArray) -> dict[str, Any]:
 
 
 def length_report(margins: FloatArray, lengths_N2: FloatArray, prompts_N: IntArray) -> dict[str, Any]:
-    """Accuracy by how much longer the preferred answer is, beside the rule that the longer answer wins.
+    """Accuracy by how much longer the preferred completion is, beside the rule that the longer completion wins.
 
     `only_length` is True where that rule (or its reverse) does as well within the interval, and the model nearly always
     agrees with it.
@@ -183,7 +183,7 @@ def ranks(values: FloatArray) -> FloatArray:
 
 
 def pair_accuracy(predicted: FloatArray, ratings: FloatArray, prompts_N: IntArray) -> Interval | None:
-    """How often the better rated of two answers to one prompt scores higher; None where no prompt has two."""
+    """How often the better rated of two completions to one prompt scores higher; None where no prompt has two."""
     means = []
     for prompt in np.flatnonzero(np.bincount(prompts_N) > 1):
         scores, rated = predicted[prompts_N == prompt], ratings[prompts_N == prompt]

@@ -122,7 +122,7 @@ def _train_and_evaluate(
     path = root / DATA
     if _has_work(root) and path.is_file() and json.loads(path.read_bytes())["identity"] != data["identity"]:
         raise ConfigChanged(
-            f"{root} was begun with other data, or another tokenizer, under the same names. Choose another "
+            f"{root} was started with other data, or another tokenizer, under the same names. Choose another "
             "output_dir, or remove this one."
         )
     with stage_file(run.tmp, root / SKIPPED) as staged:

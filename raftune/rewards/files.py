@@ -117,7 +117,10 @@ def read_answers(source: str, split: str = "train", dialogues: Form = "text", fi
     columns = {
         name: [row.get(name) for row in others] for name in dict.fromkeys(name for row in others for name in row)
     }
-    words = (f"{source}: {counted(len(kept), 'image' if images else 'answer')}", *(f"  {s}" for s in reasons(skipped)))
+    words = (
+        f"{source}: {counted(len(kept), 'image' if images else 'completion')}",
+        *(f"  {s}" for s in reasons(skipped)),
+    )
     if images:
         return CompletionFile(numbers, prompts, ImageFiles(completions), columns, False, skipped, words, names)
     return CompletionFile(numbers, prompts, completions, columns, False, skipped, words)

@@ -49,12 +49,12 @@ VERBS = {
     "train": "training",
     "evaluate": "measuring",
     "evaluation plan": "planning the evaluation",
-    "evaluation generate": "generating held-out answers",
-    "evaluation score": "scoring held-out answers",
+    "evaluation generate": "generating held-out completions",
+    "evaluation score": "scoring held-out completions",
     "evaluation judge": "held-out rewards",
     "evaluation logp": "log-probabilities, held out",
     "evaluation logp-start": "log-probabilities of the start, held out",
-    "evaluation reference": "log-probabilities of reference answers",
+    "evaluation reference": "log-probabilities of reference completions",
     "guard": "checking for alarms",
 }
 SOON = 3.0  # seconds of a stage after which a line names it, where there is no bar
@@ -248,7 +248,7 @@ class Progress(_Display):
                 self._print(f"round {round}: {words}")
             if (empty := len(summary.get("barren", ()))) > summary.get("nothing_to_rank", 0):
                 prompts = counted(empty, "prompt")
-                self._print(f"round {round}: {prompts} yielded nothing (select/summary.json says why)")
+                self._print(f"round {round}: {prompts} without kept samples (select/summary.json says why)")
         for alarm in alarms:
             words = one_line(f"{alarm['title'][:1].lower()}{alarm['title'][1:]}: {alarm['evidence']}")
             self._print(f"round {round}, look: {words}", "yellow")

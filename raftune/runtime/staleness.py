@@ -47,8 +47,8 @@ def check(runtime: Runtime, redo: str | None = None, only: Sequence[str] = ()) -
         again = unfinished or rescoring.wanted(runtime, _table(runtime), first, str(redo), only)
         if (again.redo, again.only) != (str(redo), tuple(only)):
             raise ConfigError(
-                f"--only must be {','.join(again.only)}, with --from {again.redo}, until what was begun so is done; "
-                f"got {','.join(only)}, with --from {redo}. Resume the run without both first."
+                f"--only must be {','.join(again.only)}, with --from {again.redo}, until the started rescoring is "
+                f"complete; got {','.join(only)}, with --from {redo}. Resume the run without both first."
             )
         first = []
     else:

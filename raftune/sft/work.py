@@ -87,7 +87,7 @@ class SftRun:
             earlier = json.loads((self.root / DATA).read_bytes())["sha256"]
             if earlier and self.sha256 and earlier != self.sha256:
                 raise ConfigChanged(
-                    f"data.path: {self.config.data.path} has changed since {self.root} was begun (its SHA-256 was "
+                    f"data.path: {self.config.data.path} has changed since {self.root} was started (its SHA-256 was "
                     f"{earlier[:12]}, and is {self.sha256[:12]}). Choose another output_dir, or put the file back."
                 )
         steps: dict[str, Callable[[], None]] = {
@@ -143,7 +143,7 @@ class SftRun:
             if not counts[ROWS]:
                 first = refused[0] if refused else None
                 why = f" The model refuses {len(refused):,}; row {first.row}: {first.detail}" if first else ""
-                raise DataError(f"data.path must hold answers to learn from; none is left.{why}")
+                raise DataError(f"data.path must hold completions to learn from; none is left.{why}")
         self.write_prompts(ROWS, "prompts.jsonl", None)
         self.write_prompts(HELD_OUT, "held_out.jsonl", "reference")
         all_skipped = sorted([*feedback.skipped, *refused], key=lambda row: row.row)
@@ -184,7 +184,7 @@ class SftRun:
         return count, skipped, cut
 
     def write_prompts(self, rows: str, out: str, reference: str | None) -> None:
-        """Writes each prompt of the rows once, as JSON lines; under `reference`, its first answer that was not cut."""
+        """Writes each prompt once, as JSON lines; under `reference`, its first completion that was not cut."""
         lines: dict[str, dict[str, Any]] = {}
         for table in read_groups(self.root / rows):
             for row in table.to_pylist():
@@ -236,7 +236,7 @@ class SftRun:
         write_json(self.tmp, self.root / REPORT, report)
 
     def perplexities(self) -> dict[str, Any] | None:
-        """exp of the mean nats per token of the held-out answers, EOS included; None where nothing can be measured."""
+        """exp of the mean nats per token of held-out completions, EOS included; None where nothing can be measured."""
         tables = list(read_groups(self.root / HELD_OUT))
         held_out = pa.concat_tables(tables) if tables else None
         if held_out is None or not held_out.num_rows:

@@ -117,7 +117,7 @@ class ReferenceStage(ChunkedStage):
         if not reasons:
             return ()
         return (
-            f"{len(reasons)} of {len(rows)} held-out prompts of chunk {index} have no usable answer in "
+            f"{len(reasons)} of {len(rows)} held-out prompts of chunk {index} have no usable completion in "
             f"{self.column!r}, and are left out of the perplexity: {reasons[0].rstrip('.')}",
         )
 
@@ -129,7 +129,7 @@ def check_references(held_out: pa.Table, column: str) -> None:
     completions = held_out.column(column).to_pylist()
     if completions and all(map(_is_empty, completions)):
         raise DataError(
-            f"evaluation.reference_column must hold answers; the {len(completions)} held-out prompts have none in "
+            f"evaluation.reference_column must hold completions; the {len(completions)} held-out prompts have none in "
             f"{column!r}. Name another column, or leave it out."
         )
 

@@ -152,7 +152,7 @@ def unlike_starter(result: PromptCheck) -> tuple[str, ...]:
         return ()
     return (
         f"{result.unlike} of {counted(result.total, 'prompt')} are not of the form that the bundled model answers, "
-        f"'User: …⏎Assistant:' (such as {one_line(result.first_unlike, 40)!r}); many of its answers will be empty",
+        f"'User: …⏎Assistant:' (such as {one_line(result.first_unlike, 40)!r}); many of its completions will be empty",
     )
 
 

@@ -40,7 +40,7 @@ _SHOWN = 3  # reasons why samples could not be scored
 
 
 class SelectStage(SingleStage):
-    """verdicts.parquet, one row a sample, and summary.json: what was kept; which prompts yielded nothing, and why.
+    """verdicts.parquet, one row a sample, and summary.json: what was kept; which prompts have no kept samples, and why.
 
     With `num_generations` only so many of the policy's first samples of each prompt take part.
     """

@@ -74,4 +74,4 @@ def nothing_to_learn(rows: Path, masked: bool) -> str:
         return ""
     if not np.all([finish == "length" for finish in kept.column("finish").to_pylist()]):
         return ""
-    return f"all {kept.num_rows} kept answers were cut off, and training.mask_truncated_completions leaves such out"
+    return f"all {kept.num_rows} kept completions were cut off, and training.mask_truncated_completions leaves such out"

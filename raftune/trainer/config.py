@@ -114,17 +114,17 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     )
     reward_weights: list[float] | None = _arg(None, "One factor for each reward function; None: 1 for each.")
     beta: float = _arg(
-        0.0, "Acts on the ranking, not on a loss: answers are ranked by reward - beta * log(p / p_start)."
+        0.0, "Acts on the ranking, not on a loss: completions are ranked by reward - beta * log(p / p_start)."
     )
     start_from: str = _arg("previous", "Each round's training starts from the `previous` round or the `start`.")
-    replay_rounds: int = _arg(0, "Earlier rounds whose kept answers are trained on again.")
+    replay_rounds: int = _arg(0, "Earlier rounds whose kept completions are trained on again.")
     empty_rounds: int = _arg(
         3, "Stop after so many rounds in a row with nothing to learn from; each leaves the policy as is."
     )
     keep_models: str = _arg("all", "Models of older rounds to keep: all, best or last.")
     workers: int = _arg(1, "Local processes that generate; 1 is this process alone.")
     # -- the generation --
-    num_generations: int = _arg(8, "K, answers generated for each prompt.")
+    num_generations: int = _arg(8, "K, completions generated for each prompt.")
     max_completion_length: int = _arg(512, "Tokens generated at most.")
     temperature: float = _arg(1.0, "Divides the logits; 0 is greedy.")
     top_p: float = _arg(1.0, "Nucleus; 1 is off.")
@@ -144,19 +144,19 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     num_eval_prompts: int = _arg(
         64, "Held-out prompts after every round; 0 turns it off. Without eval_dataset a tenth is held out."
     )
-    num_generations_eval: int | None = _arg(None, "Answers to each held-out prompt; None: 4.")
+    num_generations_eval: int | None = _arg(None, "Completions to each held-out prompt; None: 4.")
     load_best_model_at_end: bool = _arg(False, "Holds in any case: the best round is what is published.")
     metric_for_best_model: str | None = _arg(None, "What the best round is chosen by: 'reward', or one reward's name.")
     # -- the training of a round, where defaults differ from TrainingArguments' --
     learning_rate: float = _arg(1e-5, "Peak rate of each round's own schedule.")
-    num_train_epochs: float = _arg(1.0, "Passes over the kept answers in each round.")
+    num_train_epochs: float = _arg(1.0, "Passes over the kept completions in each round.")
     max_steps: int = _arg(-1, "Optimizer steps in each round, in place of epochs; -1 is off.")
     save_steps: float = _arg(100, "Optimizer steps between checkpoints inside a round.")
-    mask_truncated_completions: bool = _arg(False, "Do not learn from answers that were cut off.")
+    mask_truncated_completions: bool = _arg(False, "Do not learn from completions that were cut off.")
     # -- what is shown --
     logging_steps: float = _arg(10, "The loss is logged every so many steps, the rest by round.")
     remove_unused_columns: bool = _arg(False, "Every column reaches the rewards.")
-    log_completions: bool = _arg(False, "Show kept answers after each round.")
+    log_completions: bool = _arg(False, "Show kept completions after each round.")
     num_completions_to_print: int | None = _arg(8, "How many of them; None: all.")
     # -- everything else --
     strict: bool = _arg(True, "Refuse arguments that cannot be had; off: warn, and go on without them.")

@@ -54,7 +54,7 @@ EXTRAS = {
 
 
 class RaftTrainer(TransformersTrainerMixin):
-    """Reward-ranked fine-tuning of a language model: each round generates K answers a prompt, and learns from the best.
+    """Reward-ranked fine-tuning of a language model: each round trains on the best of K completions a prompt.
 
     The arguments are GRPOTrainer's. A model given as an object is never changed: `trainer.model` is the trained one.
     The run lies in `args.output_dir`, and is exact: the same call again, in a new process or a notebook's cell run

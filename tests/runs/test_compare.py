@@ -145,7 +145,7 @@ def test_what_differs_is_reported_with_counts(base: Path, tmp_path: Path) -> Non
     assert (len(found.pairs), len(found.pairs.prompts)) == (12, 6)
     assert found.differences == [
         "prompts: 6 in common are compared; 2 are in A alone, 4 in B alone",
-        "answers: 3 a prompt in A, 2 in B; the first 2 of each are compared",
+        "completions: 3 a prompt in A, 2 in B; the first 2 of each are compared",
     ]
 
 
@@ -273,7 +273,7 @@ def test_a_new_reward_scores_both_sides_and_the_runs_stay_as_they_are(base: Path
 
 def test_a_reward_that_cannot_score_half_of_the_completions_is_an_error(base: Path, rewards: Path) -> None:
     with pytest.raises(
-        RewardError, match=r"--reward broken could not score 48 of 48 answers.\n  error: RuntimeError: out"
+        RewardError, match=r"--reward broken could not score 48 of 48 completions.\n  error: RuntimeError: out"
     ):
         compare(str(base), rewards=[f"{rewards}:broken"])
 
@@ -344,7 +344,7 @@ def test_the_table_fits_a_hundred_columns(
     assert max(map(len, lines)) <= 100
     assert lines[0].startswith("A  base, round ")
     assert lines[1] == "B  base, the start"
-    assert lines[2] == "24 pairs: 8 prompts, 3 answers each, the same seeds"
+    assert lines[2] == "24 pairs: 8 prompts, 3 completions each, the same seeds"
     assert lines[4].split() == ["measure", "A", "B", "A", "-", "B", "win/tie/loss", "A's", "win", "rate", "p"]
     assert "A is furthest ahead by reward (value) on:" in lines
 
@@ -462,7 +462,8 @@ def test_a_model_that_always_says_a_gives_ties_and_is_detected(
     tokens = judge_flags(server.url, server.always_a, tmp_path / "cache")
     printed, err = said(capsys, base, *tokens, "--out", out, "--fail-if", "judge.inconsistent > 0.5", code=3)
     assert (
-        "position bias: 100 % of verdicts changed with the order; 100 % of its choices were the first answer" in printed
+        "position bias: 100 % of verdicts changed with the order; 100 % of its choices were the first completion"
+        in printed
     )
     assert re.search(r"judge \(always-a\) +– +– +– +0/100/0 % +50 % ", printed)
     assert "judge.inconsistent is 1" in err

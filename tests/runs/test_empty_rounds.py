@@ -163,5 +163,5 @@ def test_rows_of_no_weight_and_cut_off_ones_that_are_masked_are_nothing_to_learn
 
     assert why([1.0, 0.0], ["length", "eos"], masked=False) == ""
     assert why([1.0, 0.5], ["length", "eos"], masked=True) == ""
-    assert why([1.0, 0.0], ["length", "eos"], masked=True).startswith("all 1 kept answers were cut off")
+    assert why([1.0, 0.0], ["length", "eos"], masked=True).startswith("all 1 kept completions were cut off")
     assert why([], [], masked=True).startswith("selection kept no sample")

@@ -112,7 +112,7 @@ def test_an_adapter_comes_with_its_tokenizer_and_finds_its_base(folder: Path, tm
 def test_the_card_counts_the_prompts_that_the_rounds_really_asked(folder: Path) -> None:
     run_folder = RunFolder(folder / "run")
     asked_for_more = run_folder.configuration().model_copy(update={"prompts_per_round": 64})
-    assert "4 answers to each of 4 prompts" in summary(run_folder, asked_for_more, 2)
+    assert "4 completions to each of 4 prompts" in summary(run_folder, asked_for_more, 2)
 
 
 def test_a_base_that_only_the_run_holds_is_published_too(

@@ -49,7 +49,7 @@ def test_the_commands_that_the_starter_names_lead_to_an_aligned_model_and_its_re
     assert [name for name in scores.column_names if name.startswith("rewards/")] == ["rewards/model"]
     assert {*scores.column("status").to_pylist()} == {"ok"}  # by the reward model that was just trained
     assert "reward (model)" in said["compare"] and "held_out (judge)" in said["compare"]
-    assert "12 pairs: 6 prompts, 2 answers each, the same seeds" in said["compare"]
+    assert "12 pairs: 6 prompts, 2 completions each, the same seeds" in said["compare"]
     page = Path("here/run/report.html").read_text(encoding="utf-8")
     assert "here/sft/model" in page and len(page) > 20_000
 

@@ -112,7 +112,7 @@ def test_the_search_finds_prompts_and_no_hashes(opened: Opened) -> None:
     assert opened.count("#prompts .rows li") == 2
     name = painted()["prompts"]["items"][0]["samples"][0]["completion"]["image"]
     opened.go(f"#prompts?q={name[:6]}")
-    assert opened.text("#prompts .empty") == "No prompt matches what was asked for."
+    assert opened.text("#prompts .empty") == "No prompt matches the filters."
 
 
 # -- rounds beside each other -----------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_training_rows_give_their_origin_and_link_to_the_other_candidates(opened
 
 def test_no_alarm_is_reported_in_words(chromium: Browser, tmp_path: Path) -> None:
     with Opened(chromium, written(tmp_path, document(alarms=[])), "#alarms") as page:
-        assert page.text("#alarms") == "No alarm was raised in the 2 rounds that guards looked at."
+        assert page.text("#alarms") == "No alarm was raised in the 2 rounds that guards checked."
         assert not page.visible("#banner")
 
 
@@ -108,7 +108,7 @@ def test_the_numbers_of_an_alarm_read_as_numbers_and_intervals(opened: Opened) -
 
 def test_where_no_guard_looked_no_silence_is_claimed(chromium: Browser, tmp_path: Path) -> None:
     with Opened(chromium, written(tmp_path, document(alarms=[], guarded=[])), "#alarms") as page:
-        assert page.text("#alarms") == "No guards looked at this run."
+        assert page.text("#alarms") == "No guards checked this run."
 
 
 def test_missing_parts_are_named_and_the_rest_is_shown(chromium: Browser, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_missing_parts_are_named_and_the_rest_is_shown(chromium: Browser, tmp_pa
         page.go("#prompts")
         assert "the reward failed: it raised" in page.text("#prompts .card")
         page.go("#compare")
-        assert "This answer is not in this page." in page.text("#compare .card")
+        assert "This completion is not in this page." in page.text("#compare .card")
         page.go("#learned")
         assert "There is no training row in this page yet." in page.text("#learned")
         for screen in SCREENS:
@@ -147,7 +147,7 @@ def test_a_prompt_without_kept_samples_says_why(chromium: Browser, tmp_path: Pat
         ("#prompts?sample=0009/gone/000", "Sample 0009/gone/000 is not in this page."),
         (
             "#prompts?sample=0002/p1-0/001&q=nothing%20like%20it",
-            "Sample 0002/p1-0/001 does not match what was asked for.",
+            "Sample 0002/p1-0/001 does not match the filters.",
         ),
         ("#compare?sample=0009/gone/000", "Sample 0009/gone/000 is not in this page."),
         ("#compare?pair=gone/0", "Prompt gone/0 is not in this page."),

@@ -223,7 +223,9 @@ def test_a_started_rescoring_is_completed_by_a_plain_resume_and_other_statuses_a
 
     with pytest.raises(Cut):
         resume(tmp_path, tiny.objects(reward), redo="score", only="error", observe=cut)
-    with pytest.raises(ConfigError, match="--only must be error, with --from score, until what was begun so is done"):
+    with pytest.raises(
+        ConfigError, match="--only must be error, with --from score, until the started rescoring is complete"
+    ):
         resume(tmp_path, tiny.objects(reward), redo="score", only="invalid")
     resume(tmp_path, tiny.objects(reward))
     assert reward.asked == [3] * len(failed)

@@ -58,7 +58,7 @@ OBJECTS = PythonObjects(rewards=[lambda completions, **columns: [-float(len(str(
     [
         (["a", "b", LONG, "c", LONG], r"2 of 5 prompts cannot be used \(row 3 of data\.prompts, row 5 .*128\)\."),
         ([SENT, SENT, [{"role": "user", "content": "no"}]], r"1 of 3 .*row 3 .*template refused .* no is no answer"),
-        (["a", {"prompt": "b", "gold": LONG}], r"1 of 2 .*row 2 .*An answer must fit the model's context"),
+        (["a", {"prompt": "b", "gold": LONG}], r"1 of 2 .*row 2 .*A completion must fit the model's context"),
     ],
 )
 def test_a_prompt_of_a_later_round_is_refused_before_generation(

@@ -132,7 +132,7 @@ def compare_scores(
 def score_now(
     specs: Sequence[RewardSpec], measures: Sequence[ComparisonMeasure], pairs: SamplePairs, tie_within: float
 ) -> list[ComparisonMeasure]:
-    """Both sides' answers, scored by each of these rewards in this process; nothing is written into the runs.
+    """Both sides' completions, scored by each of these rewards in this process; nothing is written into the runs.
 
     Raises ConfigError and RewardError where a reward cannot be loaded, or fails for more than half of the samples.
     """
@@ -155,7 +155,7 @@ def score_now(
         failed = [part for part in parts if part.status in FAILED]  # "does not apply" is no failure
         if len(failed) > SHARE * len(parts):
             details = list(dict.fromkeys(f"  {part.status.value}: {part.detail}" for part in failed))[:3]
-            head = f"--reward {measure.name} could not score {len(failed)} of {len(parts)} answers."
+            head = f"--reward {measure.name} could not score {len(failed)} of {len(parts)} completions."
             raise RewardError("\n".join([head, *details, "Try it with `raftune reward check`."]))
         values = np.array([np.nan if part.value is None else part.value * spec.weight for part in parts])
         results.append(compare_scores(measure, pairs, values[: len(pairs)], values[len(pairs) :], tie_within))

@@ -211,7 +211,7 @@ def pair(side_a: ComparedRun, side_b: ComparedRun) -> SamplePairs:
 
 
 def differences(pairs: SamplePairs) -> Iterator[str]:
-    """How A and B differ in prompts, number of answers, options of sampling and columns, a line each, with counts."""
+    """How A and B differ in prompts, number of completions, sampling options and columns, a line each, with counts."""
     sides = (pairs.side_a, pairs.side_b)
     a, b = (side.prompts for side in sides)
     if a.keys() != b.keys():
@@ -219,7 +219,7 @@ def differences(pairs: SamplePairs) -> Iterator[str]:
         yield f"prompts: {len(pairs.prompts)} in common are compared; {only[0]} are in A alone, {only[1]} in B alone"
     counts = [int(side.plan["num_generations"]) for side in sides]
     if counts[0] != counts[1]:
-        yield f"answers: {counts[0]} a prompt in A, {counts[1]} in B; the first {min(counts)} of each are compared"
+        yield f"completions: {counts[0]} a prompt in A, {counts[1]} in B; the first {min(counts)} of each are compared"
     commits = [side.run.commit(side.round, "evaluate/generate") for side in sides]
     options = [commit.fields if commit is not None else {} for commit in commits]
     for name in sorted(options[0].keys() | options[1].keys()):

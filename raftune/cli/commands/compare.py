@@ -164,7 +164,7 @@ def read_judge(flags: JudgeFlags) -> JudgeSpec | None:
 def show_comparison(comparison: Comparison, number: int, out: str | None) -> None:
     pairs = comparison.pairs
     per_prompt = f"{len(pairs) / len(pairs.prompts):.3g}"
-    noun = "answer" if per_prompt == "1" else "answers"
+    noun = "completion" if per_prompt == "1" else "completions"
     prompts = counted(len(pairs.prompts), "prompt")
     echo(f"A  {pairs.side_a.words}", f"B  {pairs.side_b.words}")
     echo(f"{counted(len(pairs), 'pair')}: {prompts}, {per_prompt} {noun} each, the same seeds", style="dim")
@@ -225,10 +225,12 @@ def notes(comparison: Comparison) -> Iterator[str]:
             continue
         questions = f"{counted(facts['questions'], 'question')} ({facts['cached']} answered from disk)"
         same = counted(facts["identical"], "pair")
-        yield f"{measure.title}: {questions}; {same} of identical answers are ties, and were not asked."
+        yield f"{measure.title}: {questions}; {same} of identical completions are ties, and were not asked."
         if facts["inconsistent"] is not None:
             first = (
-                "" if facts["first"] is None else f"; {percent(facts['first'])} of its choices were the first answer"
+                ""
+                if facts["first"] is None
+                else f"; {percent(facts['first'])} of its choices were the first completion"
             )
             yield f"  position bias: {percent(facts['inconsistent'])} of verdicts changed with the order{first}."
         if facts["failed"]:
@@ -255,7 +257,9 @@ def show_extremes(comparison: Comparison, number: int) -> None:
             pair = comparison.telling(index, lead)
             if rows > 1:
                 _, k, _ = comparison.pairs.keys[pair]
-                echo(f"    answer {k} of {rows}, the clearest: {float(comparison.by.leads[pair]):+.3f}", style="dim")
+                echo(
+                    f"    completion {k} of {rows}, the clearest: {float(comparison.by.leads[pair]):+.3f}", style="dim"
+                )
             sides = zip("AB", comparison.pairs.answers, (comparison.by.a, comparison.by.b), strict=True)
             for letter, completions, scores in sides:
                 score = "" if scores is None else f"{scores[pair]:.3f}"

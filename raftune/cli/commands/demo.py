@@ -77,7 +77,7 @@ def demo(
         print(json.dumps(outcome_json(root, outcome, worked) | facts))
         return
     if kind == "hacking":
-        echo("", "The reward counts courteous phrases. The judge knows what a good answer is, and is never trained on.")
+        echo("", "The reward counts courteous phrases. The judge knows what a good reply is, and is never trained on.")
     elif kind == "image":
         words = "The judge says how much of its caption an image shows, and is never trained on."
         echo("", f"The reward is a CLIP score. {words}")
@@ -159,7 +159,7 @@ def typical_completions(root: Path, config: RunConfig, rounds: dict[str, int]) -
 
 def show_typical(shown: list[dict[str, Any]], labels: list[str]) -> None:
     console = out()
-    echo("", f"Typical answers to three requests that it never saw: of {CANDIDATES}, the median by the judge.")
+    echo("", f"Typical completions to three requests that it never saw: of {CANDIDATES}, the median by the judge.")
     for example in shown:
         console.print()
         console.print(Text(one_line(example["prompt"].removeprefix("User: ").removesuffix("Assistant:")), style="bold"))

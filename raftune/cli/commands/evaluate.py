@@ -90,7 +90,7 @@ def show(target: EvalTarget, config: RunConfig, root: Path, prompts: int, metric
     if isinstance(family, SupportsDescription):
         samples = family.describe_samples(config, count)
     else:
-        samples = f"{counted(count, 'answer')}, temperature {config.sampling.temperature:g}"
+        samples = f"{counted(count, 'completion')}, temperature {config.sampling.temperature:g}"
     echo(f"{target.words}: {prompts:,} held-out prompts x {samples}", style="bold")
     if warning := overlap_warning(root):
         echo(warning, style="yellow")
@@ -119,12 +119,12 @@ def remarks(metrics: dict[str, Any]) -> Iterator[str]:
     scored = statuses.pop("ok", 0)
     if statuses:
         others = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
-        yield f"{scored} of {scored + sum(statuses.values())} answers have a score; {others}"
+        yield f"{scored} of {scored + sum(statuses.values())} completions have a score; {others}"
     for name, error in (metrics.get("metric_errors") or {}).items():
         yield f"{name} has no value: {error}"
     references = metrics.get("references") or {}
     if left_out := references.get("left_out"):
         total = sum(references.values())
-        yield f"perplexity: left out, for want of a usable reference answer: {left_out} of {total}"
+        yield f"perplexity: left out, for want of a usable reference completion: {left_out} of {total}"
     if impossible := references.get("impossible"):
-        yield f"perplexity: infinite, for {impossible} reference answers are impossible here"
+        yield f"perplexity: infinite, for {impossible} reference completions are impossible here"

@@ -19,8 +19,8 @@ from raftune.sanitize import shell_command
 CONTENTS = {
     "preferences.jsonl": "prompt, chosen, rejected",
     "ratings.jsonl": "prompt, completion, score",
-    "prompts.jsonl": "what the rounds generate answers to",
-    "held_out.jsonl": "requests that none of the others has, with reference answers",
+    "prompts.jsonl": "what the rounds generate completions to",
+    "held_out.jsonl": "requests that none of the others has, with reference completions",
 }
 
 

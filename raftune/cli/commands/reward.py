@@ -220,7 +220,7 @@ def score(
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
     with interruptible(Path(), "nothing was written.") as watch, StepProgress() as steps, load_panel(config) as rewards:
         check_media(rewards.rewards, rows.media)
-        steps.begin(f"scoring {counted(len(rows.completions), 'answer')}")
+        steps.begin(f"scoring {counted(len(rows.completions), 'completion')}")
 
         def observe(done: int, of: int) -> None:
             steps.advance(done, of)
@@ -237,7 +237,7 @@ def score(
     failed = sum(score.status in FAILED for score in scores)
     if failed > MOST_FAILED * len(scores):
         raise RewardError(
-            f"{failed:,} of {counted(len(scores), 'answer')} could not be scored. "
+            f"{failed:,} of {counted(len(scores), 'completion')} could not be scored. "
             f"Fix the reward: `{shell_command('raftune', 'reward', 'check', spec)}` shows what it does."
         )
 
@@ -255,7 +255,7 @@ def show_scores(rows: CompletionFile, scores: list[Score], result: dict[str, Any
         echo(f"  spread     standard deviation {result['std']:.3f}; {quantiles}")
     if result.get("accuracy"):
         pairs = counted(result["pairs"], "pair")
-        echo(f"  accuracy   {spread(result['accuracy'])}: the preferred answer scores higher, {pairs}")
+        echo(f"  accuracy   {spread(result['accuracy'])}: the preferred completion scores higher, {pairs}")
     for detail, (status, prompt, completion) in failures(rows, scores).items():
         echo(f"  {status}: {detail}", style="yellow")
         echo(f"    prompt {prompt!r}, completion {completion!r}")
@@ -361,7 +361,7 @@ def show_pairwise(report: dict[str, Any]) -> None:
     table.show()
     rule, gain = spread(length["longer_wins"]), spread(length["gain_over_length"])
     echo(
-        f"  length     it prefers the longer answer in {percent(length['prefers_longer'], 1)} of the pairs",
+        f"  length     it prefers the longer completion in {percent(length['prefers_longer'], 1)} of the pairs",
         f"    the rule that the longer wins is right in {rule}; the model gains {gain} over it",
     )
     table = PlainTable("    preferred is", "pairs", "right", right=(1,))
@@ -385,7 +385,7 @@ def show_pointwise(report: dict[str, Any]) -> None:
     )
     if report["pair_accuracy"]:
         accuracy = spread(report["pair_accuracy"])
-        echo(f"  pairs      {accuracy} of the pairs of answers to one prompt are ranked as rated")
+        echo(f"  pairs      {accuracy} of the pairs of completions to one prompt are ranked as rated")
     echo(f"  calibrated predictions miss the mean rating of their tenth by {deciles['expected_error']:.3f}")
     table = PlainTable("    predicted", "rated", "rows", right=(1, 2))
     for row in deciles["bins"]:

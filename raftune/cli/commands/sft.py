@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 SHORT = ("--min-score", "--keep", "--columns")
 STEPS = {
-    "read": "reading the answers",
+    "read": "reading the completions",
     "start": "checking the model",
-    "data.json": "encoding the answers",
+    "data.json": "encoding the completions",
     "model": "training",
-    "report.json": "measuring held-out answers, before and after",
+    "report.json": "measuring held-out completions, before and after",
 }
 
 
@@ -80,7 +80,7 @@ def outcome_words(outcome: SftOutcome) -> Iterator[str]:
     done = "Finished" if outcome.worked else "Already finished; nothing to do"
     steps = counted(training["steps"], "step")
     yield (
-        f"{done}: learned {counted(data['learned'], 'answer')} in {steps}, loss {training['loss_first']:.3f} → "
+        f"{done}: learned {counted(data['learned'], 'completion')} in {steps}, loss {training['loss_first']:.3f} → "
         f"{training['loss_last']:.3f} (means of the first and the last tenth)."
     )
     skipped = sum(data["skipped"].values())
@@ -91,11 +91,14 @@ def outcome_words(outcome: SftOutcome) -> Iterator[str]:
     if skipped:
         yield f"              each is named in {root / 'skipped.jsonl'}"
     if data["cut"]:
-        yield f"              {counted(data['cut'], 'answer')} were cut to fit"
+        yield f"              {counted(data['cut'], 'completion')} were cut to fit"
     for note in data["notes"]:
         yield f"  note        {note}"
     if perplexity := report["perplexity"]:
-        completions, tokens = counted(perplexity["answers"], "held-out answer"), counted(perplexity["tokens"], "token")
+        completions, tokens = (
+            counted(perplexity["answers"], "held-out completion"),
+            counted(perplexity["tokens"], "token"),
+        )
         change = f"{perplexity['before']:.2f} → {perplexity['after']:.2f}"
         yield f"  perplexity  {change}, on {completions} of {tokens}"
     model = root / report["model"]

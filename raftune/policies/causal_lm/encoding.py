@@ -116,7 +116,7 @@ class TextEncoder:
                 )
             if context is not None and len(ids) >= context:
                 raise TooLong(
-                    f"A prompt must leave room for an answer; {shown} has {len(ids)} tokens, the limit is "
+                    f"A prompt must leave room for a completion; {shown} has {len(ids)} tokens, the limit is "
                     f"{context - 1} (the model's context is {context}). Shorten or remove it."
                 )
         return encoded
@@ -207,7 +207,7 @@ class TextEncoder:
         text, ids = self._encode_completion(prompt, answer)
         if self.context is not None and len(ids) >= self.context:
             raise TooLong(
-                f"An answer must fit the model's context of {self.context} tokens; one to prompt {prompt.id} has "
+                f"A completion must fit the model's context of {self.context} tokens; one to prompt {prompt.id} has "
                 f"{len(ids)}. Shorten or remove it."
             )
         return text, ids
@@ -224,7 +224,7 @@ class TextEncoder:
         room = min(limits) - len(prompt_ids) if limits else len(ids)
         if room < 1:
             raise TooLong(
-                f"the prompt has {len(prompt_ids)} tokens and leaves no room for an answer within {min(limits)}"
+                f"the prompt has {len(prompt_ids)} tokens and leaves no room for a completion within {min(limits)}"
             )
         if len(ids) <= room:
             return text, ids, False
@@ -240,7 +240,7 @@ class TextEncoder:
                 message = answer[0]
         if message is None:
             raise DataError(
-                f"An answer must be a text or a list of one assistant message; got {answer!r:.200} "
+                f"A completion must be a text or a list of one assistant message; got {answer!r:.200} "
                 f"(prompt {prompt.id})."
             )
         text = self._render_turn(prompt, message) if chat else message["content"]

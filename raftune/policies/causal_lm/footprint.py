@@ -122,11 +122,15 @@ class ModelFootprint(Footprint):
         return f"{self.architecture}, {size}, {self.dtype} on {self.device}{context}"
 
     def describe_work(self, config: RunConfig, planned: RoundAmounts, tokens: float | None) -> str:
-        now = f", about {int(planned.samples * tokens):,} if answers stay as long as now" if tokens is not None else ""
+        now = (
+            f", about {int(planned.samples * tokens):,} if completions stay as long as now"
+            if tokens is not None
+            else ""
+        )
         return f"at most {planned.samples * config.sampling.max_completion_length:,} tokens{now}"
 
     def remarks(self, config: RunConfig, longest: int | None) -> list[str]:
-        """Answers that the model's context cuts off before max_completion_length does."""
+        """Completions that the model's context cuts off before max_completion_length does."""
         if self.context is None or longest is None:
             return []
         room, longest_completion = self.context - longest, config.sampling.max_completion_length
@@ -134,11 +138,11 @@ class ModelFootprint(Footprint):
             return []
         return [
             f"the longest prompt leaves room for {room} tokens in the context of {self.context}, less than "
-            f"sampling.max_completion_length = {longest_completion}: such answers end there"
+            f"sampling.max_completion_length = {longest_completion}: such completions end there"
         ]
 
     def length(self, config: RunConfig, prompt: int) -> int:
-        """Tokens of a prompt of so many with the longest answer."""
+        """Tokens of a prompt of so many with the longest completion."""
         length = prompt + config.sampling.max_completion_length
         return min(length, self.context) if self.context else length
 
@@ -155,7 +159,7 @@ class ModelFootprint(Footprint):
         self, drawing: MeasuredPeak | None, training: MeasuredPeak | None, config: RunConfig, prompt: int, rows: int
     ) -> MemoryPeaks:
         """What was measured, and what it comes to with `rows` samples to generate, prompts of `prompt` tokens, and
-        answers of the full length: the cache, the logits and the activations grow, the rest is there."""
+        completions of the full length: the cache, the logits and the activations grow, the rest is there."""
         longest = self.length(config, prompt)
         run_drawing = run_training = None
         if drawing is not None:

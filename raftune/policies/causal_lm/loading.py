@@ -195,7 +195,7 @@ def eos_ids(config: CausalLMPolicy, start: Path, tokenizer: Any) -> tuple[int, .
     if not ids:
         raise ModelError(
             "policy.model must have an end-of-sequence token; neither tokenizer nor generation config has one "
-            "that the tokenizer knows, so no answer could learn to end. Set tokenizer.eos_token and save it."
+            "that the tokenizer knows, so no completion could learn to end. Set tokenizer.eos_token and save it."
         )
     return tuple(ids)
 

@@ -60,8 +60,8 @@ def read_rows(path: Path, encoder: TextEncoder, config: TrainingConfig) -> Train
     used = np.flatnonzero((weights > 0) & ~cut)
     if not used.size and cut.any():
         raise DataError(
-            f"training.mask_truncated_completions leaves nothing to learn from: all {int(cut.sum())} kept answers were "
-            "cut off. Raise sampling.max_completion_length, or turn it off."
+            f"training.mask_truncated_completions leaves nothing to learn from: all {int(cut.sum())} kept completions "
+            "were cut off. Raise sampling.max_completion_length, or turn it off."
         )
     names = [columns["prompt_id"][i] for i in used]
     prompts = {

@@ -125,8 +125,8 @@ def read_image(completion: Any, prompt: Prompt, source: str) -> Image.Image:
     except DataError as error:
         raise DataError(f"the image for prompt {prompt.id} ({source}): {error}") from error
     raise DataError(
-        f"an answer to prompt {prompt.id} ({source}) must be an image: bytes of a PNG or JPEG file, a PIL image, or a "
-        f"path; got {completion!r:.80}."
+        f"a completion to prompt {prompt.id} ({source}) must be an image: bytes of a PNG or JPEG file, a PIL image, or "
+        f"a path; got {completion!r:.80}."
     )
 
 

@@ -43,12 +43,13 @@ class Tabular:
         if len({len(row) for row in logits}) != 1:
             lengths = sorted({len(row) for row in logits})
             raise ConfigError(
-                f"policy.logits must have rows of one length; got lengths {lengths}. Give each prompt the same answers."
+                f"policy.logits must have rows of one length; got lengths {lengths}. Give each prompt the same "
+                "completions."
             )
         table = np.array([[-np.inf if v is None else v for v in row] for row in logits], dtype=np.float64)
         if (table == -np.inf).all(axis=1).any():
             raise ConfigError(
-                "policy.logits must leave each prompt an answer that is not null; got a row of nulls. Give one a "
+                "policy.logits must leave each prompt a completion that is not null; got a row of nulls. Give one a "
                 "number."
             )
         shifted = table - table.max(axis=1, keepdims=True)
@@ -94,7 +95,7 @@ class Tabular:
     def encode_completion(self, prompt: Prompt, answer: Any, source: str) -> Mapping[str, Any]:
         if not isinstance(answer, int) or not 0 <= answer < self.log_p.shape[1]:
             raise DataError(
-                f"an answer of prompt {prompt.id} must be an index in 0 … {self.log_p.shape[1] - 1}; "
+                f"a completion of prompt {prompt.id} must be an index in 0 … {self.log_p.shape[1] - 1}; "
                 f"got {answer!r} ({source})."
             )
         return {"completion": answer}

@@ -57,7 +57,7 @@ def raft_iteration(
     logits = np.asarray(policy_logits)
     if logits.ndim != 2 or logits.shape[0] != len(prompts) or logits.shape[1] == 0:
         raise ValueError(
-            f"policy_logits must have shape (n_prompts, V), one row of at least one answer per prompt; "
+            f"policy_logits must have shape (n_prompts, V), one row of at least one completion per prompt; "
             f"got {logits.shape} for {len(prompts)} prompts. Give each prompt its row."
         )
     if logits.dtype.kind not in "iuf":
@@ -65,7 +65,7 @@ def raft_iteration(
     logits = logits if logits.dtype.kind == "f" else logits.astype(np.float64)
     if (np.isnan(logits) | (logits == np.inf)).any() or np.isneginf(logits).all(axis=1).any():
         raise ValueError(
-            "policy_logits must be finite, or -inf for some answers of a row; got NaN, +inf or a row of -inf."
+            "policy_logits must be finite, or -inf for some completions of a row; got NaN, +inf or a row of -inf."
         )
     if not isinstance(n_candidates, int | np.integer) or n_candidates < 1:
         raise ValueError(f"n_candidates must be a whole number of at least 1; got {n_candidates}.")

@@ -10,8 +10,8 @@ const ALARM_NAMES = {
   loss_diverges: "loss rises while training",
   equal_scores: "equal scores: nothing to rank",
   identical_candidates: "candidates all the same",
-  empty_answers: "empty answers",
-  cut_off: "answers cut off",
+  empty_answers: "empty completions",
+  cut_off: "completions cut off",
   saturation_drifts: "saturation drifts",
   contrast_drops: "contrast drops",
 };
@@ -25,14 +25,14 @@ class Alarms {
   constructor(panel, page) {
     this.page = page;
     const rounds = page.document.guarded?.length ?? 0;
-    const none = `No alarm was raised in the ${counted(rounds, "round")} that guards looked at.`;
+    const none = `No alarm was raised in the ${counted(rounds, "round")} that guards checked.`;
     const words = `${counted(page.alarms.length, "alarm")}. An alarm says where to look, not what is wrong.`;
-    const empty = el("p.empty", rounds ? none : "No guards looked at this run.");
+    const empty = el("p.empty", rounds ? none : "No guards checked this run.");
     this.cards = page.alarms.map((alarm, index) => this.card(alarm, index));
     panel.append(el("div.prose", this.cards.length ? el("p.lead", words) : empty, this.cards));
   }
 
-  draw() {
+  render() {
     this.cards.forEach((card, index) => card.toggleAttribute("data-chosen", String(index) === options().alarm));
     this.cards[options().alarm || -1]?.scrollIntoView({ block: "start" });
   }
@@ -56,11 +56,11 @@ class Alarms {
 
   /** Links to the samples that the alarm names, and to all candidates of their prompts. */
   samples(alarm, index) {
-    const drawn = alarm.samples.some((sample) => this.page.places.get(sample.sample_id)?.screen === "prompts");
+    const shownHere = alarm.samples.some((sample) => this.page.places.get(sample.sample_id)?.screen === "prompts");
     const href = hashOf("prompts", { alarm: String(index) });
     const all = el("a", { href }, "All their prompts, with every candidate");
     const list = el(this.page.pictured ? "ul.painted" : "ul", alarm.samples.map((sample) => this.sample(sample)));
-    return el("div.evidence-samples", el("h3", "Look at this"), list, drawn ? el("p", all) : null);
+    return el("div.evidence-samples", el("h3", "Look at this"), list, shownHere ? el("p", all) : null);
   }
 
   /** A link to the sample, with the beginning of what it says, and why it is named. */

@@ -24,9 +24,9 @@ function readDocument() {
 /** sample id → the screen that shows it, the sample, and the item that it belongs to. */
 function placesOf(run) {
   const at = (screen, item) => (sample) => [sample.id, { screen, sample, item }];
-  const answers = run.compare.items.flatMap((item) => Object.values(item.answers).map(at("compare", item)));
+  const compared = run.compare.items.flatMap((item) => Object.values(item.answers).map(at("compare", item)));
   const samples = run.prompts.items.flatMap((item) => item.samples.map(at("prompts", item)));
-  return new Map([...answers, ...samples]);
+  return new Map([...compared, ...samples]);
 }
 
 const run = readDocument();
@@ -34,16 +34,16 @@ const pictured = run.run.media === "image";
 const page = { document: run, alarms: run.alarms ?? [], places: placesOf(run), pictured };
 const viewer = new Viewer();
 const KINDS = { prompts: Prompts, compare: pictured ? ComparePictures : Compare, learned: Learned, alarms: Alarms };
-const screens = {}; // made when first looked at
+const screens = {}; // made when first shown
 
-/** The object that draws the screen; the overview and the configuration stand in the page already. */
+/** The object that renders the screen; the overview and the configuration are HTML already. */
 function screenOf(name) {
   if (!screens[name] && KINDS[name]) screens[name] = new KINDS[name](document.getElementById(name), page);
   return screens[name];
 }
 
-/** Draws the view that the state describes. */
-function draw() {
+/** Renders the view that the state describes. */
+function render() {
   for (const name of SCREENS) {
     const current = name === state.screen;
     document.getElementById(name).hidden = !current;
@@ -54,7 +54,7 @@ function draw() {
   }
   document.documentElement.dataset.theme = state.theme;
   document.getElementById("theme").textContent = `Theme: ${state.theme}`;
-  screenOf(state.screen)?.draw();
+  screenOf(state.screen)?.render();
   viewer.show(screens[state.screen]?.enlarged?.() ?? null);
 }
 
@@ -99,7 +99,7 @@ function search() {
 
 function nextTheme() {
   state.theme = THEMES[(THEMES.indexOf(state.theme) + 1) % THEMES.length];
-  draw();
+  render();
   writeAddress(false);
 }
 
@@ -152,7 +152,7 @@ function onClick(event) {
   else go(found.screen, found.options);
 }
 
-// -- what stands around the screens -----------------------------------------------------------------------------------
+// -- what is around the screens -----------------------------------------------------------------------------------
 
 function drawMissing() {
   if (!run.missing.length) return;
@@ -177,7 +177,7 @@ function drawBanner() {
 function drawTabs() {
   if (!run.run.evaluation) return;
   for (const name of ["prompts", "learned", "alarms"]) document.getElementById(`tab-${name}`).hidden = true;
-  document.getElementById("tab-compare").firstChild.textContent = "Answers";
+  document.getElementById("tab-compare").firstChild.textContent = "Completions";
 }
 
 /** The number of the mark of a chart that is pointed at, or touched near, in words beside it. */
@@ -219,7 +219,7 @@ function drawHelp() {
 /** Shows what the address says: at the start, after Back, after a link typed by hand. */
 function follow() {
   readAddress();
-  draw();
+  render();
   arrive(true);
 }
 

@@ -1,7 +1,7 @@
 // The screen "Compare": the same prompt and the same seed, answered by the start and by a later round.
 
 const GAIN_ORDERS = [
-  ["", "in the order asked"],
+  ["", "in the order of generation"],
   ["score", "largest gain in reward"],
   ["-score", "largest loss in reward"],
   ["held_out", "largest gain in held-out reward"],
@@ -12,16 +12,16 @@ class Compare extends Listing {
   constructor(panel, page) {
     const { items } = page.document.compare;
     const { best } = page.document.run;
-    const judged = items.some((item) => Object.values(item.answers).some((own) => Number.isFinite(own.held_out)));
+    const heldOut = items.some((item) => Object.values(item.answers).some((own) => Number.isFinite(own.held_out)));
     const numbers = new Set(items.flatMap((item) => Object.keys(item.answers).map(Number)));
     const rounds = [...numbers].filter((round) => round > 0).sort((a, b) => a - b);
     const choices = rounds.map((round) => [String(round), `round ${round}${round === best ? ", the best" : ""}`]);
     super(page, page.document.compare, el("ol.rows", { "aria-label": "Prompts and seeds" }), {
-      q: searchField(page.pictured ? "Search prompts" : "Search prompts and answers"),
+      q: searchField(page.pictured ? "Search prompts" : "Search prompts and completions"),
       round: choice("Round beside the start", "round", choices),
-      sort: choice("Order", "sort", judged ? GAIN_ORDERS : GAIN_ORDERS.slice(0, 3)),
+      sort: choice("Order", "sort", heldOut ? GAIN_ORDERS : GAIN_ORDERS.slice(0, 3)),
     });
-    Object.assign(this, { judged, rounds, usual: rounds.includes(best) ? best : rounds.at(-1) });
+    Object.assign(this, { heldOut, rounds, usual: rounds.includes(best) ? best : rounds.at(-1) });
     this.detail = el("div.detail");
     panel.append(this.layout());
   }
@@ -47,12 +47,12 @@ class Compare extends Listing {
     return order ? sorted(found, (item) => gain(item, round, order.replace("-", "")), order) : found;
   }
 
-  draw() {
+  render() {
     this.resolve();
-    super.draw();
+    super.render();
   }
 
-  /** A link that names a sample stands for its pair and its round. */
+  /** A link that names a sample means its pair and its round. */
   resolve() {
     const { sample, ...rest } = options();
     for (const item of sample ? this.all.items : []) {
@@ -75,13 +75,13 @@ class Compare extends Listing {
     const given = { href: hashOf("compare", { ...options(), pair: pairOf(item) }), tabindex: "-1", "data-key": "" };
     const text = el("span.line", { dir: "auto" }, shown(oneLine(item.prompt)));
     const figures = el("span.figures", change(gain(item, this.round, "score")));
-    const judged = this.judged ? el("span", "held out ", change(gain(item, this.round, "held_out"))) : null;
-    return el("li", el("a", given, text, figures, el("span.where", el("span", `k ${item.k}`), judged)));
+    const heldOut = this.heldOut ? el("span", "held out ", change(gain(item, this.round, "held_out"))) : null;
+    return el("li", el("a", given, text, figures, el("span.where", el("span", `k ${item.k}`), heldOut)));
   }
 
   show() {
     const { item } = this;
-    if (!item) return fill(this.detail, this.absent(), nothing(this.all, "answer"));
+    if (!item) return fill(this.detail, this.absent(), nothing(this.all, "completion"));
     const place = `Pair ${this.found.indexOf(item) + 1} of ${this.found.length} · prompt and seed ${item.k}`;
     fill(
       this.detail,
@@ -93,7 +93,7 @@ class Compare extends Listing {
     return this.centre();
   }
 
-  /** The numbers of all rounds, and the two answers with what differs in them. */
+  /** The numbers of all rounds, and the two completions with what differs in them. */
   middle(item) {
     const { round } = this;
     const [before, after] = [item.answers[0], item.answers[round]].map((own) => own && trimmed(plain(own.completion)));
@@ -101,7 +101,7 @@ class Compare extends Listing {
     const rewritten = found.common < ALIKE;
     const marked = rewritten ? {} : found;
     const later = round ? this.side(item, round, "ins", marked.after) : null;
-    const note = rewritten ? el("p.note", "The two answers have few words in common: both are shown whole.") : null;
+    const note = rewritten ? el("p.note", "The two completions share few words: both are shown whole.") : null;
     return [this.ladder(item), note, el("div.pair", this.side(item, 0, "del", marked.before), later)];
   }
 
@@ -111,7 +111,7 @@ class Compare extends Listing {
     if (sample) return notice("Sample", sample, "is not in this page");
     if (!pair || (this.item && pairOf(this.item) === pair)) return null;
     const here = this.all.items.some((item) => pairOf(item) === pair);
-    return notice("Prompt", pair, here ? "does not match what was asked for" : "is not in this page");
+    return notice("Prompt", pair, here ? "does not match the filters" : "is not in this page");
   }
 
   /** Score and held-out score of this prompt and seed, round by round. */
@@ -121,7 +121,7 @@ class Compare extends Listing {
     const heads = rounds.map((round) => el(`th${kind(round)}`, { scope: "col" }, round ? this.link(round) : "start"));
     const cell = (round, name) => el(`td${kind(round)}`, number(item.answers[round]?.[name], 2));
     const line = (words, name) => el("tr", el("th", { scope: "row" }, words), rounds.map((round) => cell(round, name)));
-    const body = el("tbody", line("reward", "score"), this.judged ? line("held out", "held_out") : null);
+    const body = el("tbody", line("reward", "score"), this.heldOut ? line("held out", "held_out") : null);
     const table = el("table.ladder", el("thead", el("tr", el("th", { scope: "col" }, "round"), heads)), body);
     const given = { tabindex: "0", role: "region", "aria-label": "This prompt and seed, round by round" };
     return el("div.scroll", given, table);
@@ -139,24 +139,24 @@ class Compare extends Listing {
     if (box) box.scrollLeft = link.parentNode.offsetLeft - box.clientWidth / 2;
   }
 
-  /** One answer; `pieces` are [text, whether the other answer lacks it], marked by the tag. */
+  /** One completion; `pieces` are [text, whether the other completion lacks it], marked by the tag. */
   side(item, round, tag, pieces) {
-    const answer = item.answers[round];
+    const sample = item.answers[round];
     const title = round ? `Round ${round}` : "Start";
-    const missing = el("p.nothing", "This answer is not in this page.");
-    if (!answer) return el("article.card", { "aria-label": title }, el("h3", title), missing);
+    const missing = el("p.nothing", "This completion is not in this page.");
+    if (!sample) return el("article.card", { "aria-label": title }, el("h3", title), missing);
     return el(
       "article.card",
       { "aria-label": title, tabindex: "-1" },
       el("h3", title),
       this.figures(item, round),
-      this.answer(item, round, tag, pieces),
-      partBars(answer, Object.values(item.answers)),
-      circumstances({ tokens: answer.tokens, finish: answer.finish }),
+      this.completion(item, round, tag, pieces),
+      partBars(sample, Object.values(item.answers)),
+      circumstances({ tokens: sample.tokens, finish: sample.finish }),
     );
   }
 
-  answer(item, round, tag, pieces) {
+  completion(item, round, tag, pieces) {
     const parts = pieces?.map(([text, changed]) => (changed ? el(tag, shown(text)) : shown(text)));
     const words = parts?.length ? el("p.text", { dir: "auto" }, parts) : content(item.answers[round].completion);
     return el("div.answer", words);
@@ -166,16 +166,16 @@ class Compare extends Listing {
   figures(item, round) {
     const since = (name) => (round ? [" ", change(gain(item, round, name))] : null);
     const { score, held_out } = item.answers[round];
-    const judged = this.judged ? el("span.rank", "held out ", el("b", number(held_out)), since("held_out")) : null;
-    return el("p.head", el("b.score", number(score)), since("score"), judged);
+    const heldOut = this.heldOut ? el("span.rank", "held out ", el("b", number(held_out)), since("held_out")) : null;
+    return el("p.head", el("b.score", number(score)), since("score"), heldOut);
   }
 
-  /** Brings the later round's answer before the reader's eyes. */
+  /** Brings the later round's completion into view. */
   reveal() {
     attend(this.detail.querySelector(".pair .card:last-child"));
   }
 
-  /** The next answer to the same prompt, by another seed. */
+  /** The next completion of the same prompt, by another seed. */
   across(by) {
     const same = this.found.filter((item) => item.prompt_id === this.item?.prompt_id).sort((a, b) => a.k - b.k);
     const next = further(same, this.item, by);
@@ -192,7 +192,7 @@ function pairOf(item) {
   return `${item.prompt_id}/${item.k}`;
 }
 
-/** How much more the round's answer has than the start's, or null where one is missing. */
+/** How much more the round's completion has than the start's, or null where one is missing. */
 function gain(item, round, name) {
   const [before, after] = [item.answers[0]?.[name], item.answers[round]?.[name]];
   return Number.isFinite(before) && Number.isFinite(after) ? after - before : null;

@@ -27,12 +27,12 @@ const UNSEEN = new RegExp(
   "gu",
 );
 
-/** The character by its picture (␛), if it has one, or by its code point (U+202E). */
+/** The character by its symbol (␛), if it has one, or by its code point (U+202E). */
 function named(character) {
   const code = character.codePointAt(0);
   const point = "U+" + code.toString(16).toUpperCase().padStart(4, "0");
-  const picture = code < 0x20 ? String.fromCodePoint(0x2400 + code) : point;
-  return el("span.unseen-character", { title: point }, picture);
+  const symbol = code < 0x20 ? String.fromCodePoint(0x2400 + code) : point;
+  return el("span.unseen-character", { title: point }, symbol);
 }
 
 /** The text as nodes: unseen characters by name, and what matches the query marked. */
@@ -79,7 +79,7 @@ function inline(text, query = "") {
   return el("bdi", shown(text, query));
 }
 
-/** A prompt or an answer to read: a text as it is, messages with their roles, anything else as JSON. */
+/** A prompt or a completion to read: a text as it is, messages with their roles, anything else as JSON. */
 function content(value, query = "") {
   if (Array.isArray(value)) return el("div.messages", value.map((message) => turn(message, query)));
   const text = plain(value);
@@ -92,7 +92,7 @@ function turn(message, query) {
   return el("div.turn", el("span.role", inline(message?.role ?? "?")), content(message?.content ?? "", query));
 }
 
-/** The text of a prompt or an answer in one line, for lists and for searching. */
+/** The text of a prompt or a completion in one line, for lists and for searching. */
 function plain(value) {
   if (typeof value === "string") return value;
   const line = (message) => `${message?.role ?? "?"}: ${plain(message?.content ?? "")}`;
@@ -101,7 +101,7 @@ function plain(value) {
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-/** The text without the blank space at its ends: models begin answers with a space. */
+/** The text without the blank space at its ends: models start completions with a space. */
 function trimmed(text) {
   return text.replace(/^[ \n]+|[ \n]+$/g, "");
 }

@@ -15,7 +15,7 @@ function gridRow(item, rounds, caption, cell) {
   return el("li", caption, rounds.map((round) => cell(item, round, frame(answerOf(item, round), pairWords(item, round)))));
 }
 
-/** The round's answer, or one that is not there. */
+/** The round's completion, or one that is missing. */
 function answerOf(item, round) {
   return item.answers[round] ?? { completion: null };
 }
@@ -60,7 +60,7 @@ function roundsLeftOut({ rounds, of_rounds }) {
 }
 
 class ComparePictures extends Compare {
-  /** The grid is the list; beside it stands the pair that was chosen from it. */
+  /** The grid is the list; beside it is the pair that was chosen from it. */
   layout() {
     const seen = this.all.rounds ?? [0, ...this.rounds];
     this.seen = seen;
@@ -76,8 +76,8 @@ class ComparePictures extends Compare {
     return super.version(this.asked("sort") ? asked : asked.map((value, i) => (i === 1 ? "" : value)));
   }
 
-  draw() {
-    super.draw();
+  render() {
+    super.render();
     fill(this.head, roundTitles(this.seen, this.page.document.run.best, this.round));
     this.list.querySelectorAll(".cell[data-chosen]").forEach((cell) => cell.removeAttribute("data-chosen"));
     const row = this.list.children[this.found.indexOf(this.item)];
@@ -96,12 +96,12 @@ class ComparePictures extends Compare {
 
   middle(item) {
     const [before, after] = [item.answers[0], item.answers[this.round]];
-    const both = before && after && pictureOf(before.completion) && pictureOf(after.completion);
+    const both = before && after && imageOf(before.completion) && imageOf(after.completion);
     const pair = el("div.pair", this.side(item, 0), this.round ? this.side(item, this.round) : null);
     return [both ? slider(item, this.round) : null, this.ladder(item), pair];
   }
 
-  answer(item, round) {
+  completion(item, round) {
     const open = () => set({ large: String(round) });
     const sample = answerOf(item, round);
     return el("div.answer", enlargeable(sample, pairWords(item, round), true, open));
@@ -118,7 +118,7 @@ class ComparePictures extends Compare {
     return { sample: whole, prompt: this.item.prompt, title, facts: verdictFacts(sample, []), of };
   }
 
-  /** At large the next round's image, else the next answer to the same prompt. */
+  /** At large the next round's image, else the next completion of the same prompt. */
   across(by) {
     if (!options().large) return super.across(by);
     const next = further(this.seen, Number(options().large), by);

@@ -1,17 +1,17 @@
-// Images: each stands in the document once, by the hash of its bytes, and is shown wherever a sample names it.
+// Images: each is in the document once, by the hash of its bytes, and is shown wherever a sample names it.
 
 const PIXELS = 64; // images up to this side are embedded whole, and shown with their pixels
 const images = new Map(); // hash → { src, width, height, lies }
 
-/** The image that an answer names, or null where it is not in the page. */
-function pictureOf(answer) {
-  return images.get(answer?.image) ?? null;
+/** The image that a sample names, or null where it is not in the page. */
+function imageOf(sample) {
+  return images.get(sample?.image) ?? null;
 }
 
 /** What is said of a candidate that does not count: under an empty frame nothing more, for it says why itself. */
 function invalidity(sample) {
   if (!sample.invalid) return trouble(sample);
-  return pictureOf(sample.completion) ? el("p.trouble", el("b", "invalid"), ": ", inline(sample.invalid)) : null;
+  return imageOf(sample.completion) ? el("p.trouble", el("b", "invalid"), ": ", inline(sample.invalid)) : null;
 }
 
 /** Why there is no image of the sample. */
@@ -22,7 +22,7 @@ function whyVoid(sample) {
 
 /** The sample's image, or an empty frame that says why there is none; `words` say what it is an image of. */
 function frame(sample, words) {
-  const found = pictureOf(sample.completion);
+  const found = imageOf(sample.completion);
   if (!found) {
     const why = whyVoid(sample);
     return el("span.image.void", { role: "img", "aria-label": `${words}: ${why}` }, el("span", inline(why)));
@@ -114,9 +114,9 @@ class Viewer {
 
 /** What is known of an image itself. */
 function pictureFacts(sample) {
-  const found = pictureOf(sample.completion);
+  const found = imageOf(sample.completion);
   const size = found ? `${found.width} × ${found.height} pixels` : null;
-  const lies = found?.lies ? ["a thumbnail; the image itself lies in ", el("code", inline(found.lies))] : null;
+  const lies = found?.lies ? ["a thumbnail; the image itself is in ", el("code", inline(found.lies))] : null;
   const name = sample.completion?.image;
   return [
     ["seed", sample.seed],

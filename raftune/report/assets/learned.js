@@ -1,4 +1,4 @@
-// The screen "Learned from": exactly the rows that each round was tuned on.
+// The screen "Learned from": exactly the rows that each round was trained on.
 
 class Learned extends Listing {
   constructor(panel, page) {
@@ -6,7 +6,7 @@ class Learned extends Listing {
     const rounds = roundsOf(items);
     const origins = [...new Set(items.map(originWords))].map((words) => [words, words]);
     super(page, page.document.learned, el(page.pictured ? "ol.lessons.painted" : "ol.lessons", { "aria-label": "Training rows" }), {
-      q: searchField(page.pictured ? "Search prompts and reasons" : "Search prompts, answers and reasons"),
+      q: searchField(page.pictured ? "Search prompts and reasons" : "Search prompts, completions and reasons"),
       round: choice("Round", "round", roundChoices(rounds)),
       from: choice("Origin", "from", [["", "of any origin"], ...origins]),
     });
@@ -53,8 +53,8 @@ class Learned extends Listing {
   enlarged() {
     const { item } = this;
     if (!options().large || !item || !this.page.pictured) return null;
-    const facts = [...verdictFacts(item, []), ["learned in", `round ${item.round}: ${originWords(item)}`]];
-    const title = `Learned from in round ${item.round}`;
+    const facts = [...verdictFacts(item, []), ["trained in", `round ${item.round}: ${originWords(item)}`]];
+    const title = `Training row of round ${item.round}`;
     return { sample: { ...item, k: kOf(item) }, prompt: item.prompt, title, facts, of: this.found };
   }
 
@@ -66,13 +66,14 @@ class Learned extends Listing {
   /** Score and weight, where the row came from, and why it was kept. */
   about(item) {
     const href = hashOf("prompts", { sample: item.sample_id });
-    const rivals = this.page.places.get(item.sample_id)?.screen === "prompts" ? el("a", { href }, "its rivals") : null;
+    const shown = this.page.places.get(item.sample_id)?.screen === "prompts";
+    const candidates = shown ? el("a", { href }, "other candidates") : null;
     const source = item.source && item.source !== "policy" ? [", ", inline(item.source)] : null;
     return el(
       "div.about",
       el("p", el("b.score", number(item.score)), ` weight ${number(item.weight, item.weight === 1 ? 0 : 2)}`),
       el("p", `round ${item.round}: ${originWords(item)}`, source),
-      el("p", item.reason ? inline(item.reason) : null, item.reason && rivals ? " · " : null, rivals),
+      el("p", item.reason ? inline(item.reason) : null, item.reason && candidates ? " · " : null, candidates),
     );
   }
 
@@ -91,15 +92,15 @@ class Learned extends Listing {
   }
 }
 
-/** The number of a row's sample among its rivals, as the end of its id says. */
+/** The number of a row's sample among its prompt's candidates, as the end of its id says. */
 function kOf(item) {
   const k = /\/(\d+)$/.exec(item.sample_id ?? "");
   return k ? Number(k[1]) : "of another source";
 }
 
-/** Where a training row came from, beside the round that was tuned on it. */
+/** Where a training row came from, beside the round that was trained on it. */
 function originWords(item) {
-  const drawn = /^round-0*(\d+)$/.exec(item.origin ?? "");
-  if (!drawn) return item.origin === "reference" ? "reference data" : String(item.origin ?? "unknown");
-  return Number(drawn[1]) === item.round ? "drawn in this round" : `replayed from round ${drawn[1]}`;
+  const replayed = /^round-0*(\d+)$/.exec(item.origin ?? "");
+  if (!replayed) return item.origin === "reference" ? "reference data" : String(item.origin ?? "unknown");
+  return Number(replayed[1]) === item.round ? "generated in this round" : `replayed from round ${replayed[1]}`;
 }

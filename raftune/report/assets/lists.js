@@ -1,19 +1,19 @@
 // Screens that list: fields to narrow and order by, what is shown of how many, and rows of which one is chosen.
 
-const PAGE = 60; // rows that are drawn at once; more as the end comes into view
+const PAGE = 60; // rows that are rendered at once; more as the end comes into view
 
-/** Rows of an <ol>, drawn anew only when what they show has changed. */
+/** Rows of an <ol>, rendered again only when what they show has changed. */
 class Rows {
   constructor(list, row) {
     this.list = list;
     this.row = row; // (item, index) → <li>
     this.version = null;
-    const more = () => this.grow(this.drawn + PAGE);
+    const more = () => this.grow(this.rendered + PAGE);
     this.end = el("li.end", el("button", { type: "button", onclick: more }, "Show more"));
     this.watch = new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && more());
   }
 
-  /** Shows the items, which `version` stands for, and marks the chosen one. Returns what of it can have the focus. */
+  /** Shows the items, identified by `version`, and marks the chosen one. Returns what of it can have the focus. */
   show(items, version, chosen) {
     if (version !== this.version) this.reset(items, version);
     this.grow(chosen + 1);
@@ -39,19 +39,19 @@ class Rows {
   reset(items, version) {
     this.items = items;
     this.version = version;
-    this.drawn = 0;
+    this.rendered = 0;
     fill(this.list);
     this.list.scrollTop = 0;
     this.grow(PAGE);
   }
 
-  /** Draws the rows before `until`. */
+  /** Renders the rows before `until`. */
   grow(until) {
     const to = Math.min(until, this.items.length);
-    if (to <= this.drawn) return;
+    if (to <= this.rendered) return;
     this.end.remove();
-    this.list.append(...this.items.slice(this.drawn, to).map((item, i) => this.row(item, this.drawn + i)));
-    this.drawn = to;
+    this.list.append(...this.items.slice(this.rendered, to).map((item, i) => this.row(item, this.rendered + i)));
+    this.rendered = to;
     this.watch.unobserve(this.end);
     if (to < this.items.length) {
       this.list.append(this.end);
@@ -61,8 +61,8 @@ class Rows {
 }
 
 /**
- * What the listing screens share. Each says which of its items are asked for and in which order (`items`), how one
- * looks in the list (`row`), which is chosen (`chosen`) and how to choose (`choose`), and draws it at large (`show`).
+ * What the listing screens share. Each gives its filtered items in order (`items`), how one
+ * looks in the list (`row`), which is chosen (`chosen`) and how to choose (`choose`), and renders it at large (`show`).
  */
 class Listing {
   constructor(page, all, list, fields) {
@@ -79,15 +79,15 @@ class Listing {
     return options()[name] ?? "";
   }
 
-  draw() {
+  render() {
     const asked = Object.keys(this.fields).map((name) => this.asked(name));
     Object.values(this.fields).forEach((field, i) => reflect(field, asked[i]));
     const version = this.version(asked);
-    if (version !== this.drawn) {
+    if (version !== this.rendered) {
       this.found = this.items();
       fill(this.note, showing(this.all, this.found.length), roundsLeftOut(this.all)); // announced, so only when it may have changed
     }
-    this.drawn = version;
+    this.rendered = version;
     this.item = this.chosen();
     this.target = this.rows.show(this.found, version, this.found.indexOf(this.item));
     this.show();
@@ -113,16 +113,16 @@ function columns(listing, detail) {
   return el("div.columns", el("div.side", fields, listing.note, listing.list), detail);
 }
 
-/** What stands above something else than the address names. */
+/** The notice above, where the address names something else. */
 function notice(what, name, why) {
   return el("p.notice", { role: "status" }, `${what} `, inline(name), ` ${why}.`);
 }
 
-/** What stands where a list is empty. */
+/** The notice where a list is empty. */
 function nothing(list, one) {
-  if (list.items.length) return el("p.empty", `No ${one} matches what was asked for.`);
+  if (list.items.length) return el("p.empty", `No ${one} matches the filters.`);
   const none = run.run.evaluation
-    ? "This is an evaluation: nothing was trained. Its answers are on the screen Answers."
+    ? "This is an evaluation: nothing was trained. Its completions are on the screen Completions."
     : `There is no ${one} in this page yet.`;
   return el("p.empty", none);
 }
@@ -151,7 +151,7 @@ function roundsOf(items) {
   return [...new Set(items.map((item) => item.round))].sort((a, b) => a - b);
 }
 
-/** What stands so many places after the current value, or undefined. */
+/** The value so many places after the current one, or undefined. */
 function further(values, current, by) {
   return values[values.indexOf(current) + by];
 }
@@ -178,7 +178,7 @@ function holds(query, texts) {
   return !wanted || texts.some((text) => text.search(wanted) >= 0);
 }
 
-/** The items by a number, largest first, or last where `order` begins with a minus; those without one at the end. */
+/** The items by a number, largest first, or last where `order` starts with a minus; those without one at the end. */
 function sorted(items, value, order) {
   const sign = order.startsWith("-") ? -1 : 1;
   const known = (item) => Number.isFinite(value(item));

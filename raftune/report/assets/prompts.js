@@ -1,7 +1,7 @@
 // The screen "Prompts": all candidates of a prompt side by side, which of them was kept, and why.
 
 const PROMPT_ORDERS = [
-  ["", "in the order asked"],
+  ["", "in the order of generation"],
   ["margin", "largest margin"],
   ["-margin", "smallest margin"],
   ["reward", "highest reward"],
@@ -24,7 +24,7 @@ class Prompts extends Listing {
     const rounds = roundsOf(page.document.prompts.items);
     const alarms = page.alarms.map((alarm, i) => [String(i), alarmName(alarm)]);
     super(page, page.document.prompts, el("ol.rows", { "aria-label": "Prompts" }), {
-      q: searchField(page.pictured ? "Search prompts" : "Search prompts and answers"),
+      q: searchField(page.pictured ? "Search prompts" : "Search prompts and completions"),
       round: choice("Round", "round", roundChoices(rounds)),
       sort: choice("Order", "sort", PROMPT_ORDERS),
       alarm: choice("Alarm", "alarm", [["", "named by an alarm or not"], ...alarms]),
@@ -106,7 +106,7 @@ class Prompts extends Listing {
     const id = this.asked("sample");
     if (!id || this.item?.samples.some((sample) => sample.id === id)) return null;
     const here = this.all.items.some((item) => item.samples.some((sample) => sample.id === id));
-    return notice("Sample", id, here ? "does not match what was asked for" : "is not in this page");
+    return notice("Sample", id, here ? "does not match the filters" : "is not in this page");
   }
 
   /** The candidates side by side. */
@@ -159,7 +159,7 @@ class Prompts extends Listing {
   }
 }
 
-/** Best first: by rank, those that were not ranked at the end, each in the order in which they were drawn. */
+/** Best first: by rank, those that were not ranked at the end, each in the order of generation. */
 function ranked(samples) {
   return [...samples].sort((a, b) => (a.rank || 1e9) - (b.rank || 1e9) || a.k - b.k);
 }
@@ -207,7 +207,7 @@ function identity(sample) {
   return el("p.eyebrow", "Sample ", inline(sample.id), sample.seed ? ` · seed ${sample.seed}` : null);
 }
 
-/** One candidate: verdict, score, answer, parts, reason, circumstances. */
+/** One candidate: verdict, score, completion, parts, reason, circumstances. */
 function candidate(sample, samples, current, query) {
   const star = kept(sample) ? el("span.star", { role: "img", "aria-label": "kept" }, "★") : null;
   const rank = el("span.rank", sample.rank ? `rank ${sample.rank} of ${samples.length}` : "not ranked");

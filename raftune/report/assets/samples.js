@@ -1,4 +1,4 @@
-// Samples as the screens show them: the parts of a score as bars, where an answer came from, how its scoring went.
+// Samples as the screens show them: the parts of a score as bars, where a completion came from, how its scoring went.
 
 /** Small bars, one a part of the score, from zero to the part's value; `of` are all samples that set the scale. */
 function partBars(sample, of) {

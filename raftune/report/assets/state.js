@@ -11,7 +11,7 @@ function options() {
   return state.options[state.screen];
 }
 
-/** Screen and options that a hash stands for, or null where it names nothing. An id stands for a place on a screen. */
+/** Screen and options that a hash means, or null where it names nothing. An id means a place on a screen. */
 function parsed(hash) {
   const [name, query = ""] = hash.replace(/^#/, "").split(/\?(.*)/s);
   const { theme, ...rest } = Object.fromEntries(new URLSearchParams(query));
@@ -46,10 +46,10 @@ function writeAddress(entry) {
   waiting = setTimeout(() => location.hash === address && history.replaceState(null, "", hash), 120);
 }
 
-/** Changes options of the screen in view, draws it, and writes the address. */
+/** Changes options of the screen in view, renders it, and writes the address. */
 function set(changes) {
   Object.assign(options(), changes);
-  draw();
+  render();
   writeAddress(false);
 }
 
@@ -57,7 +57,7 @@ function set(changes) {
 function go(screen, given = null) {
   state.screen = screen;
   if (given) state.options[screen] = given;
-  draw();
+  render();
   arrive(given !== null);
   writeAddress(true);
 }

@@ -39,7 +39,8 @@ def learned(
 
 
 def test_scored_completions_are_refused_until_somebody_says_which_to_learn(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.path holds answers with a score .* from 1 to 5.*--min-score X.*--keep"):
+    message = r"data\.path holds completions with a score .* from 1 to 5.*--min-score X.*--keep"
+    with pytest.raises(DataError, match=message):
         learned(tmp_path, ROWS, None, None)
 
 
@@ -68,9 +69,9 @@ def test_scores_that_say_nothing_need_no_choice_and_scores_that_are_not_there_ca
     assert learned(tmp_path, alike, None, None) == (["a", "b"], [])
     pairs = [{"prompt": "p", "chosen": "a", "rejected": "b", "score": number} for number in (1, 2)]
     assert learned(tmp_path, pairs, None, None) == (["a", "a"], [])
-    with pytest.raises(DataError, match="must hold answers with a score"):
+    with pytest.raises(DataError, match="must hold completions with a score"):
         learned(tmp_path, [{"prompt": "p", "completion": "a"}], 3.0, None)
-    with pytest.raises(DataError, match=r"no answer has a score of data.min_score = 9.* the highest is 5"):
+    with pytest.raises(DataError, match=r"no completion has a score of data.min_score = 9.* the highest is 5"):
         learned(tmp_path, ROWS, 9.0, None)
 
 

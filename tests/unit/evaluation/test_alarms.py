@@ -283,7 +283,7 @@ def test_one_completion_for_many_prompts_names_its_prompts() -> None:
     found = look(generated(texts, best=1))[-1]
     assert found["alarm"] == "near_duplicates"
     assert found["numbers"] == {"selected": 20 / 32, "first": 0.0, "clusters": [20]}
-    assert found["samples"][0]["why"] == "nearly the same as answers kept for 19 other prompts"
+    assert found["samples"][0]["why"] == "nearly the same as completions kept for 19 other prompts"
 
 
 def test_completions_that_are_alike_from_the_beginning_are_no_alarm() -> None:

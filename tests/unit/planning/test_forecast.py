@@ -229,7 +229,9 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
     found = planned(folder, measured=True, seconds=6.0, tell=told.append, sampling=sampling)
     assert time.monotonic() - began < 12
     assert found.probe is not None and found.seconds is not None
-    assert any(re.fullmatch(r"answers were generated to \d+ of 100 tokens", words) for words in found.probe.cut_short)
+    assert any(
+        re.fullmatch(r"completions were generated to \d+ of 100 tokens", words) for words in found.probe.cut_short
+    )
     assert any(words.endswith("samples were scored") for words in found.probe.cut_short)
     assert found.probe.tokens > 30, "what was cut off by the probe counts as if it had been generated to the end"
     assert [words.split(":")[0] for words in told][-1] == "probe" and len(told) >= 4
@@ -341,7 +343,7 @@ def test_notes_say_what_was_perhaps_not_meant(folder: Path, tmp_path: Path) -> N
     changes: dict[str, Any] = {"policy": {"model": str(tmp_path / "model")}}
     changes |= {"sampling": {"temperature": 0.7, "max_completion_length": 400}, "prompts_per_round": 64}
     notes = " | ".join(planned(folder, **changes).notes)
-    for words in ("no pad token", "temperature is below 1", "such answers end there", "there are 28 prompts"):
+    for words in ("no pad token", "temperature is below 1", "such completions end there", "there are 28 prompts"):
         assert words in notes
 
 

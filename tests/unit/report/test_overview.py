@@ -78,7 +78,7 @@ def test_a_held_out_reward_that_was_higher_before_is_reported(tmp_path: Path) ->
 def test_a_start_that_no_round_was_better_than_is_reported(tmp_path: Path) -> None:
     rounds = [{"reward": interval(2.0)}, {"reward": interval(1.0)}]
     told = sentence(collect(run_of(tmp_path / "run", *rounds)))
-    assert told == "No round was better than the start: the reward is 2.00. No guards looked at it."
+    assert told == "No round was better than the start: the reward is 2.00. No guards checked it."
 
 
 def test_where_nothing_was_measured_nothing_is_claimed(tmp_path: Path) -> None:

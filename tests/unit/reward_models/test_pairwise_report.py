@@ -101,7 +101,7 @@ def test_a_verdict_says_that_the_longer_completion_wins_as_often() -> None:
     found = pairwise_report(longer, longer, np.arange(35))
     better, words = verdict("pairwise", found)
     assert better and not better_than_length(found)
-    assert "but not than the rule that the longer answer wins, over which it gains 0.000 [0.000, 0.000]" in words
+    assert "but not than the rule that the longer completion wins, over which it gains 0.000 [0.000, 0.000]" in words
     lengths = np.array([[10.0, 5.0]] * 20 + [[5.0, 10.0]] * 15)
     found = pairwise_report(np.array([[1.0, 0.0]] * 35), lengths, np.arange(35))
     assert better_than_length(found) and "longer" not in verdict("pairwise", found)[1]

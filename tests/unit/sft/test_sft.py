@@ -309,7 +309,7 @@ def test_another_configuration_or_other_data_is_refused_with_the_difference(
     mine = write(tmp_path / "mine.jsonl", ANSWERS)
     sft(config(tmp_path / "sft", model, mine, training={"max_steps": 1}))
     write(mine, ANSWERS[1:])
-    with pytest.raises(ConfigChanged, match=r"mine.jsonl has changed since .* was begun"):
+    with pytest.raises(ConfigChanged, match=r"mine.jsonl has changed since .* was started"):
         sft(config(tmp_path / "sft", model, mine, training={"max_steps": 1}))
 
 

@@ -98,7 +98,7 @@ def test_a_threshold_is_idempotent_with_the_divergence_of_its_rarity() -> None:
     once = exact.threshold_law(P, R, 1)
     np.testing.assert_array_equal(exact.threshold_law(once, R, 1), once)
     assert exact.kl(once, P) == pytest.approx(-np.log(0.45), abs=1e-14)
-    with pytest.raises(ValueError, match="no answer of positive probability reaches the threshold 3"):
+    with pytest.raises(ValueError, match="no completion of positive probability reaches the threshold 3"):
         exact.threshold_law(P, R, 3)
 
 

@@ -55,7 +55,7 @@ def test_training_says_what_the_model_is_worth(place: Path, tmp_path: Path, caps
         "240 pairs, explicit preferences",
         "accuracy",
         "calibrated",
-        "prefers the longer answer in",
+        "prefers the longer completion in",
         "verdict",
     ):
         assert words in said.out
@@ -144,7 +144,7 @@ def test_preferences_are_scored_on_both_sides(
     out = tmp_path / "scored.parquet"
     command = ["reward", "score", str(model), str(place / "marked.jsonl"), "--device", "cpu", "--out", str(out)]
     assert main(command) == 0
-    assert "the preferred answer scores higher, 240 pairs" in capsys.readouterr().out
+    assert "the preferred completion scores higher, 240 pairs" in capsys.readouterr().out
     rows = pq.read_table(out).to_pylist()
     assert len(rows) == 240 and rows[3]["row"] == 4 and "+" in rows[3]["chosen"]
     assert all(row["margin"] == row["score_chosen"] - row["score_rejected"] for row in rows)

@@ -171,7 +171,7 @@ def test_a_completion_is_cut_to_what_prompt_limit_and_context_leave_and_has_no_e
 
 
 def test_a_prompt_that_leaves_no_room_within_the_limit_is_too_long() -> None:
-    with pytest.raises(TooLong, match="the prompt has 3 tokens and leaves no room for an answer within 3"):
+    with pytest.raises(TooLong, match="the prompt has 3 tokens and leaves no room for a completion within 3"):
         encoder(context=32).encode_within(Prompt("p", "123"), "x", 3)
 
 

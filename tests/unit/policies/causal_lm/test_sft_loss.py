@@ -217,7 +217,7 @@ def test_truncated_completions_are_left_out_only_on_request(tmp_path: Path) -> N
 
 def test_rows_that_were_all_cut_off_leave_nothing_to_learn_from(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", [{**row, "finish": "length"} for row in some_rows(4)])
-    with pytest.raises(DataError, match="leaves nothing to learn from: all 4 kept answers were cut off"):
+    with pytest.raises(DataError, match="leaves nothing to learn from: all 4 kept completions were cut off"):
         read_rows(path, encoder(), TrainingConfig(mask_truncated_completions=True))
 
 

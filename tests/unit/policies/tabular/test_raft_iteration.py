@@ -199,7 +199,7 @@ def test_repeated_steps_find_the_best_completions() -> None:
     [
         ({"policy_logits": np.zeros(3)}, r"policy_logits must have shape \(n_prompts, V\).*got \(3,\) for 2 prompts"),
         ({"policy_logits": np.zeros((3, 3))}, r"got \(3, 3\) for 2 prompts"),
-        ({"policy_logits": np.zeros((2, 0))}, "at least one answer"),
+        ({"policy_logits": np.zeros((2, 0))}, "at least one completion"),
         ({"policy_logits": [[0, NAN], [0, 0]]}, "policy_logits must be finite"),
         ({"policy_logits": [[0, INF], [0, 0]]}, "policy_logits must be finite"),
         ({"policy_logits": [[-INF, -INF], [0, 0]]}, "a row of -inf"),
