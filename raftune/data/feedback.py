@@ -232,8 +232,8 @@ def choose(
             raise DataError(
                 f"{field} holds completions with a score (one of the columns {', '.join(SCORE)}), from {min(scores):g} "
                 f"to {max(scores):g}; learning all alike would teach the bad ones too. Choose: --min-score X learns "
-                "those of X or more, --keep best the best of each prompt, --keep all every one. `reward train` learns to "
-                "tell them apart."
+                "those of X or more, --keep best the best of each prompt, --keep all every one. `reward train` learns "
+                "to tell them apart."
             )
         return feedback
     if not scores and keep != "all":
