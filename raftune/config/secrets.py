@@ -116,6 +116,6 @@ def advice(fields: list[str]) -> str:
     """The warning for secrets that were written in plain."""
     variable = "MY_" + (re.sub(r"\W+", "_", fields[0].rsplit(".", 1)[-1]).upper() or "KEY")
     return (
-        f"{', '.join(fields)} looks like a key or password, written in plain: it lies in the run's config.yaml. Write "
+        f"{', '.join(fields)} looks like a key or password, written in plain: it is in the run's config.yaml. Write "
         f"${{{variable}}} there and set this environment variable; scores stay as they are."
     )

@@ -208,7 +208,7 @@ def _with_images(table: pa.Table, base: Path, field: str) -> pa.Table:
             except OSError as error:
                 raise DataError(
                     f"{field}: the image in row {number} of the column {name!r} cannot be read: {error.strerror}: "
-                    f"{error.filename}. Paths begin where the data set lies: fix or remove the row."
+                    f"{error.filename}. Paths are relative to the data set: fix or remove the row."
                 ) from error
         table = table.set_column(index, name, pa.array(images, pa.binary()))
     return table

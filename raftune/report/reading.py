@@ -228,7 +228,7 @@ class RunReader:
                 if number.isdigit() and (int(number), stage) not in self.commits:
                     self._lost.add((int(number), stage))
         for round_, stage in sorted(self._lost):
-            self._note_lost(round_, stage, "what lies in its folder is shown")
+            self._note_lost(round_, stage, "the files in its folder are shown")
         for (round_, stage), commit in self.commits.items():
             folder = self.run.folder(round_, stage)
             with self._noting(round_, stage, folder / MARKER):

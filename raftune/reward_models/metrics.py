@@ -32,7 +32,7 @@ def verdict(objective: str, report: dict[str, Any]) -> tuple[bool, str]:
         return False, "cannot be judged: all held-out ratings are alike"
     shown = f"{'accuracy' if pairwise else 'R²'} {spread(measured)} on {measured['n']:,} held-out prompts"
     if measured["n"] < FEWEST:
-        return False, f"cannot be told from chance: {shown}, and {FEWEST} are needed at least: give more rows"
+        return False, f"cannot be distinguished from chance: {shown}, and {FEWEST} are needed at least: give more rows"
     chance, ends = 0.5 if pairwise else 0.0, ends_of(measured)
     if ends is None or ends[0] <= chance:
         return False, f"is not better than chance: {shown}, where the interval must lie above {chance:g}"

@@ -73,7 +73,7 @@ def resolve_reward(reward: RewardSpec, family: str | None = None) -> RewardSpec:
         return reward.model_copy(update={**bundled, "options": options, "name": reward.name or bundled["name"]})
     if reward.spec.startswith(f"{WORD}:"):
         raise ConfigError(
-            f"reward_funcs: of the bundled rewards {'of pictures ' * (family == IMAGES)}there are "
+            f"reward_funcs: of the bundled rewards {'of images ' * (family == IMAGES)}there are "
             f"{', '.join(sorted(bundled_rewards))}; got {reward.spec!r}. Name one of these."
         )
     return reward

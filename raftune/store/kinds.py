@@ -51,7 +51,7 @@ def why_no_run(path: Path) -> str:
         return f"{head}: it is a configuration. `{shell_command('raftune', 'train', path)}` runs it."
     for parent in (*path.parents, *path.absolute().parents):
         if is_run(parent):
-            return f"{head}: it lies in the run {parent if parent.name else parent.absolute()}. Name that."
+            return f"{head}: it is in the run {parent if parent.name else parent.absolute()}. Name that."
     if (command := written_by(path)) is not None:
         return f"{head}: it is what `{command}` wrote. Its model is {path / 'model'}."
     if (path / "config.json").is_file() or (path / "model_index.json").is_file():

@@ -20,7 +20,7 @@ ELSEWHERE = {
     **dict.fromkeys(("create_optimizer", "optimizer"), _OWN_OPTIMIZER),
     "create_optimizer_and_scheduler": "every round makes its own; set optim, learning_rate and lr_scheduler_type",
     "lr_scheduler": "every round makes its own; set lr_scheduler_type and warmup_steps",
-    "ref_model": "beta measures the distance to the start model, which lies in the run",
+    "ref_model": "beta measures the distance to the start model, which is in the run",
     "model_wrapped": "trainer.model is the model itself",
     "hyperparameter_search": "give each trial an output_dir of its own",
 }

@@ -117,7 +117,7 @@ def test_what_is_no_run_is_recognised(
     for given, words in (
         ("tab.yaml", "it is a configuration. `raftune train tab.yaml` runs it."),
         ("runs", "holds no run itself, but the runs begun, polite run"),
-        ("runs/polite run/round-0001", "it lies in the run runs/polite run."),
+        ("runs/polite run/round-0001", "it is in the run runs/polite run."),
         (str(tmp_path / "reward"), "it is what `raftune reward train` wrote."),
         ("runs/polite run@2", "Did you mean runs/polite run --round 2?"),
     ):

@@ -95,7 +95,7 @@ def test_reference_images_are_mixed_in_as_latents_of_the_pipeline_s_own_encoder(
 
 def test_a_reference_image_of_another_size_is_named_with_both_sizes(model: Path, tmp_path: Path) -> None:
     path = reference(tmp_path, "bytes", size=24)
-    with pytest.raises(DataError, match=r"size that the run draws, 16 x 16; the one for prompt .* is 24 x 24"):
+    with pytest.raises(DataError, match=r"size that the run generates, 16 x 16; the one for prompt .* is 24 x 24"):
         run(config(tmp_path / "run", model, "sd-v", num_rounds=1, **training_on_references(path)), objects("sd-v"))
 
 

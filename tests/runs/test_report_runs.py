@@ -325,7 +325,7 @@ def test_without_the_scores_the_verdicts_still_tell_them(copy: Path) -> None:
     document = collect(copy).document
     samples = [s for item in document["prompts"]["items"] if item["round"] == 2 for s in item["samples"]]
     assert all(s["score"] is not None and s["reason"] and s["status"] is None for s in samples)
-    assert document["missing"] == ["round 2, score: its COMMIT is missing; what lies in its folder is shown"]
+    assert document["missing"] == ["round 2, score: its COMMIT is missing; the files in its folder are shown"]
 
 
 def test_a_run_without_evaluations_is_no_damaged_run(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def starter_samples(spec: str, images: bool) -> RewardBatch | None:
 
 def show_check(report: CheckReport) -> None:
     def verdict(same: bool | None) -> str:
-        return "cannot be told, since calls failed" if same is None else "the same values" if same else "other values"
+        return "unknown, since calls failed" if same is None else "the same values" if same else "other values"
 
     fine = "scores all samples the same" if report.constant else "fine"
     echo(f"{report.name}: {fine if report.ok else 'not fit for a run yet'}", style="bold")

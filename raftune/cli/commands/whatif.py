@@ -116,7 +116,7 @@ def show_result(result: WhatIfResult, as_json: bool) -> None:
     if result.folder is None:
         echo("Nothing was written (--dry-run).")
     else:
-        where = "Written to" if result.worked else "Done before: it lies in"
+        where = "Written to" if result.worked else "Done before: it is in"
         echo(f"{where} {result.folder}; the run is as it was.")
     if result.redo:
         echo(result.redo)

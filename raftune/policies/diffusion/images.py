@@ -92,9 +92,9 @@ def encode_image(
     if (image.height, image.width) != size:
         height, width = size
         raise DataError(
-            f"images must all be of the size that the run draws, {width} x {height}; the one for prompt {prompt.id} "
-            f"({source}) is {image.width} x {image.height}. Crop or scale it first, as you want it to be learned, or "
-            "set sampling.diffusion.height and .width."
+            f"images must all be of the size that the run generates, {width} x {height}; the one for prompt "
+            f"{prompt.id} ({source}) is {image.width} x {image.height}. Crop or scale it first, as you want it to be "
+            "learned, or set sampling.diffusion.height and .width."
         )
     png = png_of(image)
     name, reason, latents = sha256_of_png(png), why_invalid(image), NO_LATENTS

@@ -99,7 +99,7 @@ class Trial:
             failing_as(
                 lambda cause: ModelError(
                     f"policy.model must generate; this {self.name} failed at {call.height} x {call.width} pixels with "
-                    f"{cause}. Look at sampling.diffusion.pipeline_kwargs, and whether the pipeline draws outside "
+                    f"{cause}. Look at sampling.diffusion.pipeline_kwargs, and whether the pipeline generates outside "
                     "raftune."
                 )
             ),
@@ -203,7 +203,7 @@ def failing_as(error_of: Callable[[str], ModelError]) -> Iterator[None]:
 def mismatch(difference: str) -> ModelError:
     return ModelError(
         f"policy.model must be a pipeline that raftune can verify: {difference}. raftune will not train what it cannot "
-        "verify. Leave out sampling.diffusion.pipeline_kwargs that change what the denoiser is told, use the "
+        "verify. Leave out sampling.diffusion.pipeline_kwargs that change the denoiser's inputs, use the "
         "pipeline's own class and parts unchanged, or another version of diffusers (this is "
         f"{diffusers.__version__})."
     )

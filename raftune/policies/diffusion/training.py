@@ -88,13 +88,14 @@ def _latents(row: dict[str, Any], shape: tuple[int, int, int]) -> torch.Tensor:
         reason = f" ({row[INVALID]})" if row[INVALID] else ""
         raise DataError(
             f"Every row must have latents to learn from; {name} has none{reason}. "
-            "Take a reference image out of its data set; draw a round's again with `raftune train … --from generate`."
+            "Take a reference image out of its data set; generate a round's image again with `raftune train … --from "
+            "generate`."
         )
     if tuple(actual) != shape:
         raise DataError(
             f"Latents must have the shape {shape} of this run's images; those of {name} have {tuple(actual)}. It was "
-            "generated at another height or width: draw its round again with `raftune train … --from generate`, or set "
-            "sampling.diffusion.height and width to its own."
+            "generated at another height or width: generate its round again with `raftune train … --from "
+            "generate`, or set sampling.diffusion.height and width to its own."
         )
     try:
         x0 = latents_of(content, actual, dtype)

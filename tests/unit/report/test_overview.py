@@ -146,7 +146,7 @@ def test_measured_image_metrics_are_plotted_and_others_are_not(tmp_path: Path) -
         "invalid_ratio": 0.0,
     }
     words = overview(collect(run_of(tmp_path / "run", measured, measured, best=1)))
-    for title in ("Saturation and contrast", "Variety of images", "Effective number of images", "Worth a look"):
+    for title in ("Saturation and contrast", "Variety of images", "Effective number of images", "Suspicious images"):
         assert f"<b>{title}</b>" in words
     assert "<b>Drift from the start</b>" in words
     assert "<b>Brightness</b>" not in words

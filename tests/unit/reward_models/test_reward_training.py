@@ -248,7 +248,7 @@ def test_other_data_under_the_same_name_is_refused_in_the_middle(place: Path, tm
     with pytest.raises(KeyboardInterrupt):
         train(config, stop)
     write(data, tossed())
-    with pytest.raises(ConfigChanged, match="begun with other data, or another tokenizer"):
+    with pytest.raises(ConfigChanged, match="started with other data, or another tokenizer"):
         train(config)
 
 

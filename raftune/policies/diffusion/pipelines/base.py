@@ -274,7 +274,7 @@ class PipelineAdapter:
         if cells is None:
             raise ConfigError(
                 f"sampling.diffusion.height and .width must be given: this {type(self.pipe).__name__} does not say at "
-                "what size it draws (its denoiser has no sample_size)."
+                "what size it generates (its denoiser has no sample_size)."
             )
         height, width = (cells, cells) if isinstance(cells, int) else cells
         return int(height) * self.factor, int(width) * self.factor
@@ -286,7 +286,7 @@ class PipelineAdapter:
                 only = " x ".join(str(pixels) for pixels in self.default_size())
                 raise ConfigError(
                     f"sampling.diffusion.height and .width must be {only}, at which alone this "
-                    f"{type(self.pipe).__name__} draws; got {height} x {width}. Leave them out."
+                    f"{type(self.pipe).__name__} generates; got {height} x {width}. Leave them out."
                 )
             return
         for name, pixels in (("height", height), ("width", width)):

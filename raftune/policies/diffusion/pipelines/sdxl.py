@@ -10,7 +10,7 @@ from PIL import Image
 
 from raftune.policies.diffusion.pipelines.base import ENCODED_BEFORE, Conditions, PipelineAdapter
 
-OTHER_SIZE = "the denoiser is trained on images of the size that is generated, uncropped, and told so"
+OTHER_SIZE = "the denoiser is trained on uncropped images of the generated size, which is one of its inputs"
 SECOND_TEXT = "both text encoders read the prompt"
 SIZES = ("original_size", "target_size", "crops_coords_top_left")
 

@@ -90,7 +90,7 @@ def test_a_jpeg_is_kept_as_it_decodes(adopter: Diffusion) -> None:
     [
         (
             random_image(24, 16),
-            r"size that the run draws, 16 x 16; the one for prompt p0 \(column:photo\) is 24 x 16. Crop",
+            r"size that the run generates, 16 x 16; the one for prompt p0 \(column:photo\) is 24 x 16. Crop",
         ),
         ("nowhere.png", r"must be a file that can be read; 'nowhere.png' \(looked for from .*\) is none: No such file"),
         (b"no image at all", r"the image for prompt p0 \(column:photo\): these 15 bytes are no image"),

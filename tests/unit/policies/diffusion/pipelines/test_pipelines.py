@@ -267,7 +267,9 @@ def test_a_negative_prompt_means_nothing_where_none_is_read(kind: Kind) -> None:
 def test_an_architecture_of_one_size_refuses_every_other(kind: Kind) -> None:
     binding = adapter_of(tiny_pipeline(kind))
     binding.check_size(SIZE, SIZE)
-    with pytest.raises(ConfigError, match=r"must be 16 x 16, at which alone .* draws; got 16 x 32\. Leave them out"):
+    with pytest.raises(
+        ConfigError, match=r"must be 16 x 16, at which alone .* generates; got 16 x 32\. Leave them out"
+    ):
         binding.check_size(SIZE, 32)
 
 
