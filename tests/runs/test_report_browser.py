@@ -212,7 +212,7 @@ def test_completions_that_share_little_are_shown_whole(chromium: Browser, tmp_pa
     with Opened(chromium, written(tmp_path, found)) as page:
         page.go("#compare?round=2")
         assert page.count("#compare ins, #compare del") == 0
-        assert "few words in common" in page.text("#compare .detail .note")
+        assert "share few words" in page.text("#compare .detail .note")
         page.go("#compare?round=1")
         assert page.count("#compare ins, #compare del") == 2
 

@@ -214,7 +214,7 @@ def test_training_rows_are_images_with_weight_and_origin(opened: Opened) -> None
     assert "weight 1" in first.inner_text()
     assert "replayed from round 1" in first.inner_text()
     first.locator(".frame").click()
-    assert opened.text("#viewer h2") == "Learned from in round 2"
+    assert opened.text("#viewer h2") == "Training row of round 2"
     opened.press("ArrowRight")
     assert "Question 1?" in opened.text("#viewer .asked")
 

@@ -159,7 +159,7 @@ def typical_completions(root: Path, config: RunConfig, rounds: dict[str, int]) -
 
 def show_typical(shown: list[dict[str, Any]], labels: list[str]) -> None:
     console = out()
-    echo("", f"Typical completions to three requests that it never saw: of {CANDIDATES}, the median by the judge.")
+    echo("", f"Completions of three requests outside the training set: of {CANDIDATES}, the median by the judge.")
     for example in shown:
         console.print()
         console.print(Text(one_line(example["prompt"].removeprefix("User: ").removesuffix("Assistant:")), style="bold"))
