@@ -88,7 +88,7 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["callable", "async callable", "own process", "async in own process"])
-def panel(request: pytest.FixtureRequest, acts: Path) -> Iterator[RewardSet]:
+def reward_set(request: pytest.FixtureRequest, acts: Path) -> Iterator[RewardSet]:
     name = "act_later" if "async" in request.param else "act"
     if "process" in request.param:
         made = load_panel(RewardsConfig(reward_funcs=(f"{acts}:{name}",), timeout=LIMIT))
@@ -101,7 +101,7 @@ def panel(request: pytest.FixtureRequest, acts: Path) -> Iterator[RewardSet]:
         yield made
 
 
-def asked(kind: str, size: int = 3) -> RewardBatch:
+def batch_of(kind: str, size: int = 3) -> RewardBatch:
     return RewardBatch(["q"] * size, ["a"] * size, {"act": [kind] * size})
 
 
@@ -135,41 +135,43 @@ FINE = {
 
 
 @pytest.mark.parametrize("kind", FAILING)
-def test_a_failure_is_a_status_with_a_detail_and_never_a_number(panel: RewardSet, kind: str) -> None:
+def test_a_failure_is_a_status_with_a_detail_and_never_a_number(reward_set: RewardSet, kind: str) -> None:
     status, detail = FAILING[kind]
-    scores = panel.score(asked(kind))
+    scores = reward_set.score(batch_of(kind))
     assert [(score.value, score.status) for score in scores] == [(None, status)] * 3
-    part = scores[0].parts[panel.names[0]]
+    part = scores[0].parts[reward_set.names[0]]
     assert part.value is None
     assert part.status is status
     assert part.detail == detail
 
 
 @pytest.mark.parametrize("kind", FINE)
-def test_whatever_reads_as_a_list_of_numbers_is_scored(panel: RewardSet, kind: str) -> None:
-    assert [(score.value, score.status) for score in panel.score(asked(kind))] == [(FINE[kind], ScoreStatus.OK)] * 3
+def test_whatever_reads_as_a_list_of_numbers_is_scored(reward_set: RewardSet, kind: str) -> None:
+    assert [(score.value, score.status) for score in reward_set.score(batch_of(kind))] == [
+        (FINE[kind], ScoreStatus.OK)
+    ] * 3
 
 
 @pytest.mark.slow
-def test_a_hung_call_costs_its_limit_and_little_more_and_the_next_one_is_answered(panel: RewardSet) -> None:
-    panel.score(asked("fine"))
+def test_a_hung_call_costs_its_limit_and_little_more_and_the_next_one_is_answered(reward_set: RewardSet) -> None:
+    reward_set.score(batch_of("fine"))
     began = time.monotonic()
-    score = panel.score(asked("hangs"))[0]
+    score = reward_set.score(batch_of("hangs"))[0]
     assert (score.value, score.status) == (None, ScoreStatus.TIMEOUT)
-    assert score.parts[panel.names[0]].detail.startswith(f"no answer within {LIMIT} s; ")
+    assert score.parts[reward_set.names[0]].detail.startswith(f"no answer within {LIMIT} s; ")
     assert LIMIT <= time.monotonic() - began < LIMIT + 20
-    assert panel.score(asked("fine"))[0].value == 0.5
+    assert reward_set.score(batch_of("fine"))[0].value == 0.5
 
 
-def test_nothing_that_a_call_did_wrong_harms_the_next_one(panel: RewardSet) -> None:
+def test_nothing_that_a_call_did_wrong_harms_the_next_one(reward_set: RewardSet) -> None:
     for kind in ("raises", "sys.exit", "nan", "too short"):
-        panel.score(asked(kind))
-        assert panel.score(asked("fine"))[0].value == 0.5
+        reward_set.score(batch_of(kind))
+        assert reward_set.score(batch_of("fine"))[0].value == 0.5
 
 
-def test_only_the_failing_call_of_several_loses_its_samples(panel: RewardSet) -> None:
+def test_only_the_failing_call_of_several_loses_its_samples(reward_set: RewardSet) -> None:
     mixed = RewardBatch(["q"] * 130, ["a"] * 130, {"act": ["fine"] * 64 + ["raises"] * 64 + ["fine"] * 2})
-    statuses = [score.status for score in panel.score(mixed)]
+    statuses = [score.status for score in reward_set.score(mixed)]
     assert statuses == [ScoreStatus.OK] * 64 + [ScoreStatus.ERROR] * 64 + [ScoreStatus.OK] * 2
 
 
@@ -177,7 +179,7 @@ def test_only_the_failing_call_of_several_loses_its_samples(panel: RewardSet) ->
 
 
 @pytest.fixture(scope="module")
-def picture_specs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RewardSpec]]:
+def image_specs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RewardSpec]]:
     clip = tiny_clip(tmp_path_factory.mktemp("rewards") / "clip")
     head = clip.parent / "head"
     weights = np.random.default_rng(0).normal(size=(1, 12))
@@ -202,47 +204,47 @@ PICTURE_REWARDS = (
 
 
 @pytest.fixture(scope="module", params=PICTURE_REWARDS)
-def picture_panel(request: pytest.FixtureRequest, picture_specs: dict[str, RewardSpec]) -> Iterator[RewardSet]:
-    with load_panel(RewardsConfig(reward_funcs=(picture_specs[request.param],))) as made:
+def image_reward_set(request: pytest.FixtureRequest, image_specs: dict[str, RewardSpec]) -> Iterator[RewardSet]:
+    with load_panel(RewardsConfig(reward_funcs=(image_specs[request.param],))) as made:
         yield made
 
 
-def values(panel: RewardSet, batch: RewardBatch) -> list[float | None]:
-    assert all(score.status is ScoreStatus.OK for score in panel.score(batch))
-    return [score.value for score in panel.score(batch)]
+def values(reward_set: RewardSet, batch: RewardBatch) -> list[float | None]:
+    assert all(score.status is ScoreStatus.OK for score in reward_set.score(batch))
+    return [score.value for score in reward_set.score(batch)]
 
 
 @pytest.mark.slow
-def test_a_reward_of_images_keeps_the_contract(picture_panel: RewardSet) -> None:
+def test_a_reward_of_images_keeps_the_contract(image_reward_set: RewardSet) -> None:
     """The same values when asked again, in another order and in smaller calls, also of images of several sizes."""
     for batch in (example_images(), example_images(mixed_sizes=True)):
-        found = values(picture_panel, batch)
-        assert found == values(picture_panel, batch)
+        found = values(image_reward_set, batch)
+        assert found == values(image_reward_set, batch)
         assert np.unique(found).size > 4
         backwards = list(reversed(range(len(batch))))
-        assert values(picture_panel, batch.take(backwards)) == pytest.approx(found[::-1], rel=1e-5, abs=1e-6)
-        one_by_one = [values(picture_panel, batch.take([i]))[0] for i in range(0, len(batch), 5)]
+        assert values(image_reward_set, batch.take(backwards)) == pytest.approx(found[::-1], rel=1e-5, abs=1e-6)
+        one_by_one = [values(image_reward_set, batch.take([i]))[0] for i in range(0, len(batch), 5)]
         assert one_by_one == pytest.approx(found[::5], rel=1e-5, abs=1e-6)
 
 
-def test_a_reward_of_images_changes_none(picture_panel: RewardSet) -> None:
+def test_a_reward_of_images_changes_none(image_reward_set: RewardSet) -> None:
     batch = example_images()
     before = [picture.tobytes() for picture in batch.completions]
-    picture_panel.score(batch)
+    image_reward_set.score(batch)
     assert [picture.tobytes() for picture in batch.completions] == before
 
 
-def test_a_reward_of_images_fails_on_texts_with_a_status(picture_panel: RewardSet) -> None:
-    if "text" in picture_panel.rewards[picture_panel.names[0]].media:
+def test_a_reward_of_images_fails_on_texts_with_a_status(image_reward_set: RewardSet) -> None:
+    if "text" in image_reward_set.rewards[image_reward_set.names[0]].media:
         return
-    score = picture_panel.score(RewardBatch(["a red disc"], ["an answer"]))[0]
-    part = score.parts[picture_panel.names[0]]
+    score = image_reward_set.score(RewardBatch(["a red disc"], ["an answer"]))[0]
+    part = score.parts[image_reward_set.names[0]]
     assert (part.status, part.value) == (ScoreStatus.ERROR, None)
     assert "scores images, and a completion is of type str" in part.detail
 
 
-def test_an_empty_call_gives_nothing(picture_panel: RewardSet) -> None:
-    assert picture_panel.score(RewardBatch([], [])) == []
+def test_an_empty_call_gives_nothing(image_reward_set: RewardSet) -> None:
+    assert image_reward_set.score(RewardBatch([], [])) == []
 
 
 # -- a person's own callable on images -------------------------------------------------------------------------------
@@ -285,8 +287,8 @@ def loaded(path: Path, *names: str) -> list[Any]:
 def test_a_callable_gets_the_same_images_as_an_object_and_in_its_own_process(sees: Path) -> None:
     batch = example_images(mixed_sizes=True)
     expected = [float(np.asarray(picture)[..., 0].mean()) for picture in batch.completions]
-    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:red",)), loaded(sees, "red")) as panel:
-        scores = panel.score(batch)
+    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:red",)), loaded(sees, "red")) as reward_set:
+        scores = reward_set.score(batch)
     for name in ("red", "red_2"):
         assert [score.parts[name].value for score in scores] == expected
 
@@ -294,8 +296,8 @@ def test_a_callable_gets_the_same_images_as_an_object_and_in_its_own_process(see
 def test_a_callable_that_modifies_its_images_changes_no_other_copy(sees: Path) -> None:
     batch = example_images()
     before = [picture.tobytes() for picture in batch.completions]
-    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:spoils",)), loaded(sees, "spoils", "red")) as panel:
-        scores = panel.score(batch)
+    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:spoils",)), loaded(sees, "spoils", "red")) as reward_set:
+        scores = reward_set.score(batch)
     assert [picture.tobytes() for picture in batch.completions] == before
     assert max(score.parts["red"].value or 0 for score in scores) > 100
 
@@ -303,6 +305,6 @@ def test_a_callable_that_modifies_its_images_changes_no_other_copy(sees: Path) -
 @pytest.mark.parametrize("hosted", [False, True])
 def test_a_callable_on_images_fails_as_one_on_texts(sees: Path, hosted: bool) -> None:
     specs, objects = ((f"{sees}:wrong",), []) if hosted else ((), loaded(sees, "wrong"))
-    with load_panel(RewardsConfig(reward_funcs=specs), objects) as panel:
-        statuses = [score.status for score in panel.score(example_images())]
+    with load_panel(RewardsConfig(reward_funcs=specs), objects) as reward_set:
+        statuses = [score.status for score in reward_set.score(example_images())]
     assert statuses == [ScoreStatus.INVALID, ScoreStatus.INVALID, ScoreStatus.NOT_APPLICABLE, *[ScoreStatus.OK] * 13]

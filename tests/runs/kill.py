@@ -72,10 +72,10 @@ class Watch:
     def begin(self) -> Watch:
         self.seen: list[str] = []
         self.busy = False
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._record)
         return self
 
-    def _hear(self, kind: str, facts: tuple[Any, ...]) -> None:
+    def _record(self, kind: str, facts: tuple[Any, ...]) -> None:
         if kind == "open" and not facts[2] & _WRITES:
             return
         if (kind == "open" or kind in _CHANGES) and self._ours(facts[0]) and not self.busy:
@@ -125,13 +125,13 @@ def in_child(act: Callable[[], object]) -> tuple[int, str]:
 class Scenario:
     """`before` prepares a directory, `act` is what is killed, `again` is what a person does then.
 
-    `oracle` makes what must be there in the end: by default, `act` without a kill.
+    `uninterrupted` makes what must be there in the end: by default, `act` without a kill.
     """
 
     act: Act
     again: Act
     before: Act | None = None
-    oracle: Act | None = None
+    uninterrupted: Act | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def examine(
     `until`: words that a fault must have; the first that has them ends the search.
     """
     root = scratch / "run"
-    expected = made(scenario, root, scenario.oracle or scenario.act)
+    expected = made(scenario, root, scenario.uninterrupted or scenario.act)
     wanted = range(0) if code else range(1, most + 1 if most else sys.maxsize, every)
     events = snapshots(scenario, root, scratch / "states", wanted)
     numbers = range(1, len(events[:most]) + 1, every)
@@ -275,11 +275,11 @@ def continued(base: Path, **changes: Any) -> Scenario:
     def act(root: Path) -> object:
         return runs.run(tiny.config(root, num_rounds=2, **changes), tiny.objects())
 
-    def oracle(root: Path) -> object:
+    def uninterrupted(root: Path) -> object:
         shutil.rmtree(root)
         return act(root)
 
-    return Scenario(act, act, lambda root: shutil.copytree(base, root), oracle)
+    return Scenario(act, act, lambda root: shutil.copytree(base, root), uninterrupted)
 
 
 def latents() -> Scenario:
@@ -331,11 +331,11 @@ def redo(stage: str, changes: dict[str, Any], base: Path, retry: bool) -> Scenar
         except ConfigChanged:
             return act(root)
 
-    def oracle(root: Path) -> object:
+    def uninterrupted(root: Path) -> object:
         shutil.rmtree(root)
         return runs.run(tiny.config(root, **changes), tiny.objects())
 
-    return Scenario(act, again, before, oracle)
+    return Scenario(act, again, before, uninterrupted)
 
 
 class Failing:

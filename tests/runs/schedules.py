@@ -167,7 +167,7 @@ SCENARIOS: dict[str, Callable[[Path], Act]] = {
 # -- one trial --------------------------------------------------------------------------------------------------------
 
 
-def drawn(rng: random.Random, usual: Usual) -> list[Interruption]:
+def random_interruptions(rng: random.Random, usual: Usual) -> list[Interruption]:
     """One to four interruptions."""
     moments = ["time", "event", *(["reward"] if usual.rewards else [])]
     number = rng.randint(1, MOST_LIVES)
@@ -252,9 +252,9 @@ class Strikes(kill.Watch):
 
     strike: Callable[[int], None]
 
-    def _hear(self, kind: str, facts: tuple[Any, ...]) -> None:
+    def _record(self, kind: str, facts: tuple[Any, ...]) -> None:
         before = len(self.seen)
-        super()._hear(kind, facts)
+        super()._record(kind, facts)
         if len(self.seen) > before:
             self.strike(len(self.seen))
 
@@ -327,7 +327,7 @@ BROKEN: dict[str, tuple[str, Callable[[], None]]] = {
 # -- many trials ------------------------------------------------------------------------------------------------------
 
 
-def examined(name: str, trials: int, seed: int, scratch: Path, breaks: Callable[[], None] | None = None) -> Row:
+def run_trials(name: str, trials: int, seed: int, scratch: Path, breaks: Callable[[], None] | None = None) -> Row:
     """So many trials of a scenario; with something broken, until that is noticed."""
     place = scratch / name.replace(" ", "-")
     place.mkdir()
@@ -339,7 +339,7 @@ def examined(name: str, trials: int, seed: int, scratch: Path, breaks: Callable[
     for number in range(trials):
         root = place / "run"
         shutil.rmtree(root, ignore_errors=True)
-        fault = trial(act, root, usual, drawn(random.Random(f"{seed} {name} {number}"), usual), row)
+        fault = trial(act, root, usual, random_interruptions(random.Random(f"{seed} {name} {number}"), usual), row)
         row.trials += 1
         row.identical += not fault
         row.faults += [f"seed {seed}, {name}, trial {number}: {fault}"] if fault else []
@@ -383,7 +383,7 @@ def main() -> None:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
         each = -(-args.trials // len(names))
-        rows = {name: examined(name, each, args.seed, Path(scratch), breaks) for name in names}
+        rows = {name: run_trials(name, each, args.seed, Path(scratch), breaks) for name in names}
     if args.json:
         print(json.dumps({name: vars(row) for name, row in rows.items()}))
     else:

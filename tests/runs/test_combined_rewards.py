@@ -25,7 +25,7 @@ SMALL = {"spec": "file_size", "name": "small", "weight": -1.0, "options": {"form
 RANKED = {"rewards": {"reward_funcs": [BRIGHT, SMALL], "combine": "rank"}, "evaluation": {"best_by": "bright"}}
 
 
-def pictured(root: Path, **changes: Any) -> Any:
+def image_config(root: Path, **changes: Any) -> Any:
     return image_family.config(root, **changes)
 
 
@@ -37,7 +37,7 @@ def without_rewards() -> Any:
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranked") / "run"
-    run(pictured(root, **RANKED), without_rewards())
+    run(image_config(root, **RANKED), without_rewards())
     return root
 
 
@@ -82,18 +82,18 @@ def test_evaluations_take_the_sum_so_that_rounds_can_be_compared(ranked: Path) -
 
 def test_no_round_can_be_chosen_by_a_rank(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"best_by must name one reward where rewards\.combine is rank; got 'reward'"):
-        pictured(tmp_path, rewards={"combine": "rank"})
+        image_config(tmp_path, rewards={"combine": "rank"})
     for fine in ({"evaluation": {"num_prompts": 0}}, {"num_rounds": 0}, {"evaluation": {"best_by": "held_out"}}):
-        pictured(tmp_path, rewards={"combine": "rank"}, **fine)
+        image_config(tmp_path, rewards={"combine": "rank"}, **fine)
 
 
 def test_another_way_of_combining_makes_the_scores_stale_and_no_evaluation(tmp_path: Path) -> None:
     summed = {**RANKED, "rewards": {**RANKED["rewards"], "combine": "sum"}, "num_rounds": 1}
-    run(pictured(tmp_path / "run", **summed), without_rewards())
+    run(image_config(tmp_path / "run", **summed), without_rewards())
     evaluated = (tmp_path / "run/round-0000/evaluate/score/_COMMIT.json").read_bytes()
     with pytest.raises(ConfigChanged, match=r"score of round 1 .* the rewards have changed .*--from 1/score"):
-        run(pictured(tmp_path / "run", **RANKED, num_rounds=1), without_rewards())
-    run(pictured(tmp_path / "run", **RANKED, num_rounds=1), without_rewards(), redo="score")
+        run(image_config(tmp_path / "run", **RANKED, num_rounds=1), without_rewards())
+    run(image_config(tmp_path / "run", **RANKED, num_rounds=1), without_rewards(), redo="score")
     assert (tmp_path / "run/round-0000/evaluate/score/_COMMIT.json").read_bytes() == evaluated
     scores = table(tmp_path / "run/round-0001", "score")
     np.testing.assert_allclose(scores.column("score").to_numpy(), by_rank(scores))
@@ -101,7 +101,7 @@ def test_another_way_of_combining_makes_the_scores_stale_and_no_evaluation(tmp_p
 
 def test_a_run_can_be_rescored_by_rank_and_says_how_to_redo_it(tmp_path: Path) -> None:
     summed = {**RANKED, "rewards": {**RANKED["rewards"], "combine": "sum"}, "num_rounds": 1}
-    run(pictured(tmp_path / "run", **summed), without_rewards())
+    run(image_config(tmp_path / "run", **summed), without_rewards())
     flags = {"rewards.reward_funcs": RANKED["rewards"]["reward_funcs"], "rewards.combine": "rank"}
     found = rescore(tmp_path / "run", flags, name="ranked")
     assert list(found.changes) == ["rewards.combine"]
@@ -123,7 +123,7 @@ def test_no_part_of_a_score_by_rank_dominates_by_its_scale(tmp_path: Path) -> No
     for how in ("sum", "rank"):
         given = [{**one, "weight": one["weight"] if how == "sum" else 1.0} for one in rewards["reward_funcs"]]
         settings = {"rewards": {"reward_funcs": given, "combine": how}, "evaluation": {"best_by": "bright"}}
-        run(pictured(tmp_path / how, num_rounds=1, **settings), without_rewards())
+        run(image_config(tmp_path / how, num_rounds=1, **settings), without_rewards())
         alarms = json.loads((tmp_path / how / "round-0001/guard/alarms.json").read_text())
         told[how] = any(alarm["alarm"] == "part_dominates" for alarm in alarms)
     assert told == {"sum": True, "rank": False}
@@ -134,7 +134,7 @@ def test_no_part_of_a_score_by_rank_dominates_by_its_scale(tmp_path: Path) -> No
 
 def test_a_threshold_counts_its_weight_and_the_ledger_keeps_the_value(tmp_path: Path) -> None:
     specs = [{**BRIGHT, "weight": 5.0, "at_least": 0.4, "at_most": 0.6}, SMALL]
-    run(pictured(tmp_path / "run", num_rounds=1, rewards={"reward_funcs": specs}), without_rewards())
+    run(image_config(tmp_path / "run", num_rounds=1, rewards={"reward_funcs": specs}), without_rewards())
     for stage in ("score", "evaluate/score"):
         scores = table(tmp_path / "run/round-0001", stage).to_pandas()
         bright = scores["rewards/bright"]
@@ -153,9 +153,9 @@ def test_a_reward_of_texts_is_refused_for_images_before_generation(tmp_path: Pat
     )
     length = {"spec": "length", "options": {"target": 3}}
     with pytest.raises(ConfigError, match=message):
-        run(pictured(tmp_path / "run", rewards={"reward_funcs": [BRIGHT, length]}), without_rewards())
+        run(image_config(tmp_path / "run", rewards={"reward_funcs": [BRIGHT, length]}), without_rewards())
     with pytest.raises(ConfigError, match=message.replace("rewards", "evaluation", 1)):
-        run(pictured(tmp_path / "run", evaluation={"reward_funcs": [length]}), image_family.objects())
+        run(image_config(tmp_path / "run", evaluation={"reward_funcs": [length]}), image_family.objects())
     assert not list((tmp_path / "run").glob("round-*"))
 
 
@@ -179,7 +179,7 @@ def test_a_device_that_is_not_there_is_refused_before_generation(tmp_path: Path)
     with pytest.raises(
         ConfigError, match=r"rewards\.device must be a device of this machine; got 'cuda', and there is"
     ):
-        run(pictured(tmp_path / "run", rewards=rewards), without_rewards())
+        run(image_config(tmp_path / "run", rewards=rewards), without_rewards())
     assert not list((tmp_path / "run").glob("round-*"))
 
 
@@ -192,7 +192,7 @@ def test_captions_that_the_reward_reads_in_part_are_reported_with_their_number(t
             told.extend(facts["notes"])
 
     run(
-        pictured(tmp_path / "run", num_rounds=1, rewards=RewardsConfig(reward_funcs=(str(clip),)).model_dump()),
+        image_config(tmp_path / "run", num_rounds=1, rewards=RewardsConfig(reward_funcs=(str(clip),)).model_dump()),
         without_rewards(),
         observe=observe,
     )

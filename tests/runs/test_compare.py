@@ -74,7 +74,7 @@ def rewards(tmp_path: Path) -> Path:
     return path
 
 
-def said(capsys: pytest.CaptureFixture[str], *tokens: object, code: int = 0) -> tuple[str, str]:
+def output_of(capsys: pytest.CaptureFixture[str], *tokens: object, code: int = 0) -> tuple[str, str]:
     found = main(["compare", *map(str, tokens)])
     out, err = capsys.readouterr()
     assert found == code, err
@@ -282,16 +282,16 @@ def test_a_reward_that_cannot_score_half_of_the_completions_is_an_error(base: Pa
 
 
 def test_an_open_gate_passes_and_a_closed_one_ends_with_3(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, base, "--fail-if", "reward.win_rate < 0.5", "--fail-if", "value.p > 0.9")
+    out, _ = output_of(capsys, base, "--fail-if", "reward.win_rate < 0.5", "--fail-if", "value.p > 0.9")
     assert re.search(r"gate passed: reward.win_rate < 0.5: reward.win_rate is 0\.\d+\.", out)
-    out, err = said(capsys, base, "--fail-if", "reward.win_rate<=1", "--fail-if", "reward.ties == 2", code=3)
+    out, err = output_of(capsys, base, "--fail-if", "reward.win_rate<=1", "--fail-if", "reward.ties == 2", code=3)
     assert re.search(r"gate failed: reward.win_rate<=1: reward.win_rate is 0\.\d+\.", err)
     assert "gate passed: reward.ties == 2" in out
 
 
 def test_what_could_not_be_computed_closes_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = go(tmp_path / "few", held_out=range(4))
-    _, err = said(capsys, f"{few}@2", f"{few}@1", "--fail-if", "reward.difference.low < -100", code=3)
+    _, err = output_of(capsys, f"{few}@2", f"{few}@1", "--fail-if", "reward.difference.low < -100", code=3)
     assert "reward.difference.low could not be computed: 4 prompts are too few for an interval, which needs 6" in err
 
 
@@ -338,7 +338,7 @@ def test_the_table_fits_a_hundred_columns(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(base.parent)
-    out, err = said(capsys, "base", "--show", 2)
+    out, err = output_of(capsys, "base", "--show", 2)
     assert err == ""
     lines = out.splitlines()
     assert max(map(len, lines)) <= 100
@@ -366,7 +366,7 @@ def test_a_shown_pair_says_its_own_lead_beside_the_mean_of_its_prompt(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A pair scored 4 against 0 stood under the mean lead of its prompt, +1.750, and nothing said so."""
-    out, _ = said(capsys, f"{base}@2", "--show", 1)
+    out, _ = output_of(capsys, f"{base}@2", "--show", 1)
     found = compare(f"{base}@2")
     prompt, lead = found.extremes(1)[0][0]
     row = found.telling(prompt, lead)
@@ -378,7 +378,7 @@ def test_a_shown_pair_says_its_own_lead_beside_the_mean_of_its_prompt(
 
 
 def test_a_program_can_read_it_whole(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, _ = said(capsys, base, "--json", "--fail-if", "reward.p > 2")
+    out, _ = output_of(capsys, base, "--json", "--fail-if", "reward.p > 2")
     found = json.loads(out)
     assert (found["pairs"], found["prompts"], found["ranked_by"]) == (24, 8, "reward")
     reward = found["measures"]["reward"]
@@ -394,15 +394,15 @@ def words(found: dict[str, Any]) -> dict[str, str]:
 
 def test_every_pair_is_a_row_that_pandas_reads(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "pairs.parquet"
-    said(capsys, base, "--out", out)
+    output_of(capsys, base, "--out", out)
     rows = pd.read_parquet(out)
     assert len(rows) == 24
     verdicts = np.sign(rows["reward/a"] - rows["reward/b"]).map({1: "win", 0: "tie", -1: "loss"})
     assert (rows["reward/verdict"] == verdicts).all()
     assert (rows["reward/a"] == rows["a"]).all()
-    _, err = said(capsys, base, "--out", out, code=2)
+    _, err = output_of(capsys, base, "--out", out, code=2)
     assert "--out must not exist yet" in err
-    _, err = said(capsys, base, "--out", tmp_path / "pairs.csv", code=2)
+    _, err = output_of(capsys, base, "--out", tmp_path / "pairs.csv", code=2)
     assert "--out must end in .parquet; got 'pairs.csv'" in err
 
 
@@ -460,7 +460,7 @@ def test_a_model_that_always_says_a_gives_ties_and_is_detected(
 ) -> None:
     before, out = server.answered, tmp_path / "pairs.parquet"
     tokens = judge_flags(server.url, server.always_a, tmp_path / "cache")
-    printed, err = said(capsys, base, *tokens, "--out", out, "--fail-if", "judge.inconsistent > 0.5", code=3)
+    printed, err = output_of(capsys, base, *tokens, "--out", out, "--fail-if", "judge.inconsistent > 0.5", code=3)
     assert (
         "position bias: 100 % of verdicts changed with the order; 100 % of its choices were the first completion"
         in printed
@@ -479,7 +479,7 @@ def test_a_model_that_always_says_a_gives_ties_and_is_detected(
         {(p, *sorted((a, b))) for p, a, b in zip(rows["prompt"], rows["a"], rows["b"], strict=True) if a != b}
     )
     assert server.answered - before == 2 * asked_for  # equal pairs of a prompt are asked about once
-    printed, err = said(capsys, base, *tokens)
+    printed, err = output_of(capsys, base, *tokens)
     assert server.answered - before == 2 * asked_for
     assert err == ""
     count = 2 * len(different)
@@ -491,7 +491,7 @@ def test_a_model_that_knows_nothing_of_judging_is_nonsense(
 ) -> None:
     (tmp_path / "prompt.txt").write_text("{prompt}: {answer_a} or {answer_b}?")
     tokens = judge_flags(server.url, server.starter, tmp_path / "cache", "--judge-prompt", tmp_path / "prompt.txt")
-    _, err = said(capsys, base, *tokens, code=1)
+    _, err = output_of(capsys, base, *tokens, code=1)
     assert re.search(
         r"the judge gave no verdict on 16 of 16 questions \(16 nonsense\); the other \d+ were not asked\.", err
     )
@@ -502,7 +502,7 @@ def test_a_model_that_the_server_does_not_have_is_reported_by_its_status(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = judge_flags(server.url, "./no-such-model", tmp_path / "cache", "--judge-retries", 1)
-    _, err = said(capsys, base, *tokens, code=1)
+    _, err = output_of(capsys, base, *tokens, code=1)
     assert re.search(r"16 of 16 questions \((\d+ broke off, )?\d+ HTTP \d{3}", err)
     assert "--judge-model (./no-such-model)" in err
 
@@ -519,7 +519,7 @@ def test_an_abler_judge_ranks_the_prompts(base: Path, tmp_path: Path, capsys: py
 
     with serving(larger) as numbers:
         tokens = judge_flags(numbers.url, "m", tmp_path / "cache", "--judge-prompt", template)
-        out, _ = said(capsys, base, *tokens, "--json", "--by", "judge")
+        out, _ = output_of(capsys, base, *tokens, "--json", "--by", "judge")
     found = json.loads(out)
     reward, judge = found["measures"]["reward"], found["measures"]["judge"]
     for name in ("wins", "ties", "losses", "win_rate", "pairs"):
@@ -532,7 +532,7 @@ def test_a_judge_that_is_not_there_ends_with_1_and_writes_nothing(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, out = closed_url(), tmp_path / "pairs.parquet"
-    _, err = said(capsys, base, *judge_flags(url, "m", tmp_path / "cache", "--out", out), code=1)
+    _, err = output_of(capsys, base, *judge_flags(url, "m", tmp_path / "cache", "--out", out), code=1)
     assert "(16 refused)" in err
     assert f"Is a server running at {url}/chat/completions? Check --judge." in err
     assert not out.exists()

@@ -128,7 +128,7 @@ class WithoutLogProbs:
 
 
 def test_a_family_without_likelihoods_is_refused_a_reference(tmp_path: Path) -> None:
-    policy = {"family": f"{__name__}:Mute"}
+    policy = {"family": f"{__name__}:WithoutLogProbs"}
     with pytest.raises(ConfigError, match=r"evaluation\.reference_column must be left out .* got 'human' with policy"):
         run(tiny.config(tmp_path / "run", policy=policy, evaluation={"reference_column": "human"}), tiny.objects())
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 
 
-def examined(*words: str) -> dict[str, dict[str, Any]]:
+def trials_of(*words: str) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-m", "tests.runs.schedules", "--json", *words]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert done.stdout, done.stderr
@@ -27,7 +27,7 @@ def examined(*words: str) -> dict[str, dict[str, Any]]:
 
 def test_whatever_interrupts_whatever_the_end_has_the_same_bytes() -> None:
     """Twelve of the schedules that `python -m tests.runs.schedules` tries."""
-    found = examined("--trials", "12")
+    found = trials_of("--trials", "12")
     assert [row["faults"] for row in found.values()] == [[]] * 4
     assert all(row["identical"] == row["trials"] == 3 for row in found.values())
     assert sum(sum(row["lives"].values()) - row["lives"].get("ended before", 0) for row in found.values()) >= 5
@@ -36,5 +36,5 @@ def test_whatever_interrupts_whatever_the_end_has_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("way", BROKEN)
 def test_the_schedules_notice_what_breaks_the_promise(way: str) -> None:
-    [row] = examined("--broken", way, "--trials", "40").values()
+    [row] = trials_of("--broken", way, "--trials", "40").values()
     assert row["faults"]

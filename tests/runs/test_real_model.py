@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL, reason="RAFTUNE_RE
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Why is the sky blue?", "What do bees make?"]
 
 
-def asked(question: str) -> list[dict[str, str]]:
+def messages_of(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
@@ -66,13 +66,13 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "guards": {"enabled": False},
         "engine": {"threads": 1},
     }
-    prompts = pa.table({"prompt": [asked(question) for question in QUESTIONS]})
+    prompts = pa.table({"prompt": [messages_of(question) for question in QUESTIONS]})
     run(validate(config), PythonObjects(train=lambda: prompts, rewards=[brevity]))
     return root
 
 
 def test_a_chat_question_is_answered_and_the_turn_is_ended(policy: CausalLM) -> None:
-    [answer] = policy.generate(chunk_of([asked(QUESTIONS[0])], k=1))
+    [answer] = policy.generate(chunk_of([messages_of(QUESTIONS[0])], k=1))
     assert "Paris" in answer.completion
     assert "<|im_" not in answer.completion
     assert answer.payload["finish"] == "eos"
@@ -80,7 +80,7 @@ def test_a_chat_question_is_answered_and_the_turn_is_ended(policy: CausalLM) -> 
 
 
 def test_the_template_is_the_models_own_and_a_completion_is_learnt_with_its_end(policy: CausalLM) -> None:
-    prompt = Prompt("p", asked(QUESTIONS[0]))
+    prompt = Prompt("p", messages_of(QUESTIONS[0]))
     [ids] = policy.encoder.encode([prompt], for_drawing=True)
     text = policy.tokenizer.decode(ids)
     assert text.endswith("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n")

@@ -20,7 +20,7 @@ from tests.runs import tiny
 from tests.runs.kill import difference, tree
 
 
-def drawn(root: Path, round_: int, name: str = "generate") -> pa.Table:
+def samples_of(root: Path, round_: int, name: str = "generate") -> pa.Table:
     folder = RunFolder(root).folder(round_, name)
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("chunk-*.parquet"))])
 
@@ -42,7 +42,7 @@ def test_sample_ids_are_as_planned_and_unique_in_the_whole_run(two: tuple[Path, 
         (2, "generate", "round-0001"),
         (2, "evaluate/generate", "round-0002"),
     ):
-        table = drawn(root, round_, name)
+        table = samples_of(root, round_, name)
         plan = RunFolder(root).folder(round_, name.replace("generate", "plan"))
         chunks = [read_chunk(plan, index) for index in range(len(list(plan.parent.glob("generate/chunk-*"))))]
         planned = [
@@ -62,18 +62,20 @@ def test_sample_ids_are_as_planned_and_unique_in_the_whole_run(two: tuple[Path, 
 def test_a_training_seed_depends_on_run_seed_round_prompt_and_k(two: tuple[Path, Path]) -> None:
     for root, seed in zip(two, (0, 1), strict=True):
         for round_ in (1, 2):
-            for row in drawn(root, round_).select(["prompt_id", "k", "seed"]).to_pylist():
+            for row in samples_of(root, round_).select(["prompt_id", "k", "seed"]).to_pylist():
                 assert row["seed"] == derive_seed("run", seed, round_, row["prompt_id"], row["k"])
 
 
 def test_evaluation_seeds_are_the_same_in_every_round_and_run(two: tuple[Path, Path]) -> None:
     columns = [
-        drawn(root, round_, "evaluate/generate").select(["prompt_id", "k", "seed"])
+        samples_of(root, round_, "evaluate/generate").select(["prompt_id", "k", "seed"])
         for root in two
         for round_ in (0, 1, 2)
     ]
     assert all(other.equals(columns[0]) for other in columns[1:])
-    training = {seed for root in two for round_ in (1, 2) for seed in drawn(root, round_).column("seed").to_pylist()}
+    training = {
+        seed for root in two for round_ in (1, 2) for seed in samples_of(root, round_).column("seed").to_pylist()
+    }
     assert not training & set(columns[0].column("seed").to_pylist())
 
 
@@ -81,7 +83,7 @@ def test_evaluation_seeds_are_the_same_in_every_round_and_run(two: tuple[Path, P
 def test_completions_do_not_depend_on_the_size_of_chunks(tmp_path: Path) -> None:
     for size in (1, 3, 8):
         run(tiny.config(tmp_path / str(size), sampling={"chunk_size": size}), tiny.objects())
-    tables = [drawn(tmp_path / str(size), 2) for size in (1, 3, 8)]
+    tables = [samples_of(tmp_path / str(size), 2) for size in (1, 3, 8)]
     assert [len(list((tmp_path / str(size)).glob("round-0002/generate/chunk-*"))) for size in (1, 3, 8)] == [8, 3, 1]
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])

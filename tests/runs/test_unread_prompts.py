@@ -51,7 +51,7 @@ def config(root: Path, prompts: str, **changes: Any) -> RunConfig:
     return validate(base | changes)
 
 
-def drawn(root: Path) -> list[Path]:
+def sample_files(root: Path) -> list[Path]:
     return sorted(root.rglob("chunk-*.parquet"))
 
 
@@ -67,7 +67,7 @@ def test_a_prompt_that_cannot_be_read_is_refused_with_its_row_before_generation(
     data = saved(tmp_path / "prompts.jsonl", [1, 2, 3, 4, 5])
     with pytest.raises(DataError, match=r"5 of 5 prompts cannot be used \(row 1 of data\.prompts, row 2 .* and 2 more"):
         run(config(tmp_path / "run", data))
-    assert not drawn(tmp_path / "run")
+    assert not sample_files(tmp_path / "run")
 
 
 def test_held_out_prompts_and_those_to_learn_from_are_distinguished(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_held_out_prompts_and_those_to_learn_from_are_distinguished(tmp_path: Pa
     settings = config(tmp_path / "run", data, evaluation={"prompts": held_out, "num_prompts": 2})
     with pytest.raises(DataError, match=r"2 of 4 .*row 1 of evaluation\.prompts, row 2 .* of a text; got 7"):
         run(settings)
-    assert not drawn(tmp_path / "run")
+    assert not sample_files(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_pipelines_say_what_they_are_asked_for(tmp_path: Path, kind: Any, prompt
     data = saved(tmp_path / "prompts.jsonl", prompts)
     with pytest.raises(DataError, match=message):
         run(config(tmp_path / "run", data, policy=policy, sampling=sampling))
-    assert not drawn(tmp_path / "run")
+    assert not sample_files(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def chat(text: Any) -> Answer:
     return 200, {"Content-Type": "application/json"}, json.dumps({"choices": [choice]}).encode()
 
 
-def asked(body: dict[str, Any]) -> str:
+def question_of(body: dict[str, Any]) -> str:
     """The text of the request's last message."""
     return str(body["messages"][-1]["content"])
 

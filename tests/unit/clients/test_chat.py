@@ -17,7 +17,7 @@ import pytest
 from raftune.clients.chat import IN_A_ROW, ChatEndpoint, ChatReply, chat_url
 from raftune.clients.url import is_local
 from raftune.errors import ConfigError
-from tests.unit.clients.servers import HANG_UP, Answer, asked, chat, closed_url, serving, silent
+from tests.unit.clients.servers import HANG_UP, Answer, chat, closed_url, question_of, serving, silent
 
 QUICK: dict[str, Any] = {"timeout": 5.0, "backoff": 0.01}
 
@@ -31,7 +31,7 @@ def user_message(text: str) -> list[dict[str, str]]:
 
 
 def echo(body: dict[str, Any]) -> Answer:
-    return chat(f"echo {asked(body)}")
+    return chat(f"echo {question_of(body)}")
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def echo(body: dict[str, Any]) -> Answer:
 
 def test_replies_come_in_the_order_of_the_questions() -> None:
     def late(body: dict[str, Any]) -> Answer:
-        time.sleep(0.05 if asked(body) == "0" else 0)
+        time.sleep(0.05 if question_of(body) == "0" else 0)
         return echo(body)
 
     with serving(late) as server:
@@ -215,7 +215,9 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, content: bytes) -> No
 
 def test_the_key_is_sent_and_neither_shown_nor_kept(tmp_path: Path) -> None:
     key = "sk-very-secret"
-    with serving(lambda body: chat("hm") if asked(body) == "fine" else (401, {}, f"bad key {key}".encode())) as server:
+    with serving(
+        lambda body: chat("hm") if question_of(body) == "fine" else (401, {}, f"bad key {key}".encode())
+    ) as server:
         client = endpoint(server.url, cache=tmp_path, key=key)
         replies = client.ask([user_message("fine"), user_message("bad")])
     assert {headers["authorization"] for headers in server.headers} == {f"Bearer {key}"}

@@ -25,7 +25,7 @@ from tests.runs.image_family import config, saturation
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30))
 
 
-def picture(number: int) -> Image.Image:
+def numbered_image(number: int) -> Image.Image:
     image = Image.new("RGB", (16, 16), COLOURS[number % 4])
     image.putpixel((3, 3), (255, 255, 255))
     return image
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "pics").mkdir()
     lines = []
     for number in range(4):
-        (tmp_path / f"pics/{number}.png").write_bytes(png_of(picture(number)))
+        (tmp_path / f"pics/{number}.png").write_bytes(png_of(numbered_image(number)))
         lines.append(json.dumps({"prompt": f"disc {number}", "image": f"pics/{number}.png", "note": f"{number}.png"}))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
@@ -61,7 +61,7 @@ def test_a_file_that_is_not_there_is_named_with_its_row(folder: Path) -> None:
 
 
 def test_what_datasets_wrote_is_read(folder: Path) -> None:
-    made = datasets.Dataset.from_dict({"prompt": ["a", "b"], "image": [picture(0), picture(1)]})
+    made = datasets.Dataset.from_dict({"prompt": ["a", "b"], "image": [numbered_image(0), numbered_image(1)]})
     made = made.cast_column("image", datasets.Image())
     made.save_to_disk(str(folder / "saved"))
     made.to_parquet(str(folder / "saved.parquet"))
@@ -71,7 +71,7 @@ def test_what_datasets_wrote_is_read(folder: Path) -> None:
 
 
 def test_pillow_s_images_in_a_list_of_rows_are_taken() -> None:
-    rows = table_from([{"prompt": "a", "image": picture(0)}, {"prompt": "b", "image": None}])
+    rows = table_from([{"prompt": "a", "image": numbered_image(0)}, {"prompt": "b", "image": None}])
     assert image_of(rows.column("image")[0].as_py()).size == (16, 16)
     assert rows.column("image")[1].as_py() is None
 
@@ -92,7 +92,7 @@ def test_a_run_keeps_its_reference_images_and_hands_them_to_rewards(folder: Path
     )
     run(settings, PythonObjects(rewards=[near]))
     kept = pq.read_table(folder / "run/round-0000/data/train.parquet").column("image").to_pylist()
-    assert kept == [png_of(picture(number)) for number in range(4)]
+    assert kept == [png_of(numbered_image(number)) for number in range(4)]
     assert set(seen) == set(kept) and len(seen) == 12
     drawn = pq.read_table(folder / "run/round-0001/generate/chunk-00000.parquet").to_pylist()
     assert {row["completion"] for row in drawn if row["source"] == "column:image"} == set(kept)
@@ -113,7 +113,7 @@ def test_a_policy_is_taught_prompts_with_images(folder: Path, column: str, monke
     assert learned.report["data"]["learned"] == 9 and learned.report["data"]["held_out"] == 3
     assert learned.report["data"]["format"].startswith("prompts and images")
     rows = pq.read_table(folder / "out/rows.parquet")
-    assert {*rows.column("completion").to_pylist()} <= {png_of(picture(number)) for number in range(4)}
+    assert {*rows.column("completion").to_pylist()} <= {png_of(numbered_image(number)) for number in range(4)}
     held_out = [json.loads(line) for line in (folder / "out/held_out.jsonl").read_text().splitlines()]
     assert held_out[0]["reference"] is None
     law = json.loads((folder / "out/model/policy.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 from raftune.clients.chat import ChatEndpoint, ChatReply, chat_url
 from raftune.errors import ConfigError, RewardError
 from raftune.evaluation.judge import FIRST, PLACES, TEMPLATE, check_template, judge, question, read_verdict
-from tests.unit.clients.servers import Answer, asked, chat, closed_url, serving
+from tests.unit.clients.servers import Answer, chat, closed_url, question_of, serving
 
 SHORT = "{prompt}|{answer_a}|{answer_b}"
 PAIRS = [
@@ -28,7 +28,7 @@ def endpoint(url: str, **changes: Any) -> ChatEndpoint:
 
 def longer(body: dict[str, Any]) -> Answer:
     """A judge who prefers the longer answer, and reasons before the verdict."""
-    _, first, second = asked(body).split("|")
+    _, first, second = question_of(body).split("|")
     return chat(f"[[A]] has {len(first)} letters. So: [[{'A' if len(first) > len(second) else 'B'}]]")
 
 
@@ -66,7 +66,7 @@ def test_a_question_that_failed_has_no_verdict() -> None:
 def test_both_orders_are_asked_and_an_identical_pair_is_not() -> None:
     with serving(longer) as server:
         found = judge(endpoint(server.url), PAIRS, SHORT)
-    contents = sorted(asked(body) for body in server.requests)
+    contents = sorted(question_of(body) for body in server.requests)
     assert contents == sorted(
         [
             "name a fruit|a pear|no",
@@ -88,7 +88,9 @@ def test_a_judge_who_looks_at_the_place_alone_gives_ties_and_is_detected(always:
 
 
 def test_a_verdict_in_one_order_and_a_tie_in_the_other_disagree() -> None:
-    with serving(lambda body: chat("[[A]]" if asked(body).startswith("name a fruit|a pear") else "[[tie]]")) as server:
+    with serving(
+        lambda body: chat("[[A]]" if question_of(body).startswith("name a fruit|a pear") else "[[tie]]")
+    ) as server:
         found = judge(endpoint(server.url), PAIRS[:2], SHORT)
     assert found.outcomes.tolist() == [0.0, 0.0]
     assert found.inconsistent == 0.5
@@ -99,9 +101,9 @@ def test_a_verdict_in_one_order_and_a_tie_in_the_other_disagree() -> None:
 
 def test_a_failure_is_counted_by_its_kind_and_is_no_tie() -> None:
     def unreliable(body: dict[str, Any]) -> Answer:
-        if asked(body).startswith("name a fruit|a pear"):
+        if question_of(body).startswith("name a fruit|a pear"):
             return chat("I like pears.")
-        return (400, {}, b"no") if asked(body).startswith("name a town|no") else longer(body)
+        return (400, {}, b"no") if question_of(body).startswith("name a town|no") else longer(body)
 
     with serving(unreliable) as server:
         found = judge(endpoint(server.url), PAIRS, SHORT)
@@ -112,7 +114,7 @@ def test_a_failure_is_counted_by_its_kind_and_is_no_tie() -> None:
 
 def test_more_failures_than_verdicts_are_an_error_with_examples() -> None:
     with (
-        serving(lambda body: chat("Who can say?") if "|a" in asked(body) else longer(body)) as server,
+        serving(lambda body: chat("Who can say?") if "|a" in question_of(body) else longer(body)) as server,
         pytest.raises(RewardError) as refused,
     ):
         judge(endpoint(server.url), [("x", "a b", "a c"), ("y", "a d", "e")], SHORT)

@@ -85,7 +85,7 @@ def here(name: str) -> str:
         ("Reversed", r"Reversed\.generate must return its samples prompt by prompt, k ascending.*sample 0 has id"),
         ("Short", r"Short\.generate must return a sample for each seed of each prompt of the chunk, 8 here; got 7"),
         ("Chatty", r"columns that Chatty\.payload declares \(completion\); sample .* has mood"),
-        ("Wordy", r"the payload of Wordy must fit the types that it declares"),
+        ("WrongType", r"the payload of WrongType must fit the types that it declares"),
         ("Silent", r"Silent\.payload says that completion is never null"),
     ],
 )

@@ -33,7 +33,7 @@ def series(*values: float | None, name: str = "policy", band: float = 0.0) -> Ch
     return ChartSeries(name, tuple(points))
 
 
-def drawn(*lines: ChartSeries, **options: object) -> ElementTree.Element:
+def svg_of(*lines: ChartSeries, **options: object) -> ElementTree.Element:
     return ElementTree.fromstring(line_chart(lines, title="Reward", **options))  # type: ignore[arg-type]
 
 
@@ -61,14 +61,14 @@ def bars(svg: ElementTree.Element) -> list[tuple[float, float]]:
     ids=str,
 )
 def test_any_numbers_are_plotted_inside_the_chart(values: tuple[float | None, ...]) -> None:
-    svg = drawn(series(*values), mark=(0, "published"))
+    svg = svg_of(series(*values), mark=(0, "published"))
     found = coordinates(svg)
     assert all(math.isfinite(n) and -10 <= n <= 410 for n in found)
     assert len(circles(svg)) + len(bars(svg)) == sum(value is not None for value in values)
 
 
 def test_a_single_round_is_bars_from_zero_each_with_its_name_its_number_and_its_interval() -> None:
-    svg = drawn(series(3.0, band=0.5), series(6.0, name="best of 4"), x_names={0: "start"})
+    svg = svg_of(series(3.0, band=0.5), series(6.0, name="best of 4"), x_names={0: "start"})
     assert circles(svg) == []
     (start, width), (same, twice) = bars(svg)
     assert (same, twice) == (start, pytest.approx(2 * width, abs=0.2))
@@ -82,27 +82,27 @@ def test_a_single_round_is_bars_from_zero_each_with_its_name_its_number_and_its_
 
 
 def test_every_place_of_a_long_line_says_its_number() -> None:
-    svg = drawn(series(*map(float, range(40))))
+    svg = svg_of(series(*map(float, range(40))))
     assert len([e for e in svg.iter("circle") if e.find("title") is not None]) == 40
     assert len([e for e in svg.iter("circle") if "dot" in e.get("class", "")]) == 2
 
 
 def test_what_was_not_measured_is_a_gap_whether_none_or_nan() -> None:
     for gap in (None, float("nan")):
-        svg = drawn(series(1.0, 2.0, gap, 3.0, 4.0, band=0.1))
+        svg = svg_of(series(1.0, 2.0, gap, 3.0, 4.0, band=0.1))
         assert len(paths(svg, "line")) == len(paths(svg, "band")) == 2
         assert len(circles(svg)) == 4
 
 
 def test_higher_numbers_are_plotted_higher_and_later_rounds_further_right() -> None:
-    places = circles(drawn(series(1.0, 5.0, 3.0)))
+    places = circles(svg_of(series(1.0, 5.0, 3.0)))
     assert [x for x, _ in places] == sorted(x for x, _ in places)
     assert places[1][1] < places[2][1] < places[0][1]
 
 
 def test_lines_differ_in_more_than_colour() -> None:
     one, two = series(1.0, 2.0), ChartSeries("best of 4", series(2.0, 3.0).points, 2, "dashed", "square")
-    svg = drawn(one, two)
+    svg = svg_of(one, two)
     assert len(paths(svg, "dashed")) == 1
     assert [e.text for e in svg.iter("text") if e.get("class") == "end"] == ["policy", "best of 4"]
     assert len(circles(svg)) == 3  # two places and the key of the label
@@ -110,20 +110,20 @@ def test_lines_differ_in_more_than_colour() -> None:
 
 
 def test_the_labels_of_lines_that_end_together_do_not_lie_on_each_other() -> None:
-    svg = drawn(*(series(1.0, 2.0 + i / 1000, name=f"line {i}") for i in range(4)))
+    svg = svg_of(*(series(1.0, 2.0 + i / 1000, name=f"line {i}") for i in range(4)))
     heights = sorted(float(e.get("y", "")) for e in svg.iter("text") if e.get("class") == "end")
     assert min(np.diff(heights)) >= 13
 
 
 def test_a_chart_has_a_title_and_a_description_for_screen_readers() -> None:
-    svg = drawn(series(1.0, 2.0), description="policy from 1 to 2")
+    svg = svg_of(series(1.0, 2.0), description="policy from 1 to 2")
     assert svg.get("role") == "img"
     assert svg.get("aria-label") == "Reward"
     assert [(e.tag, e.text) for e in list(svg)[:2]] == [("title", "Reward"), ("desc", "policy from 1 to 2")]
 
 
 def test_each_mark_says_its_number_on_pointing() -> None:
-    svg = drawn(series(1.25, 2.5, band=0.25), x_names={0: "start"})
+    svg = svg_of(series(1.25, 2.5, band=0.25), x_names={0: "start"})
     said = [e.find("title").text for e in svg.iter("circle") if e.find("title") is not None]  # type: ignore[union-attr]
     assert said == ["policy, round start: 1.250 [1.000, 1.500]", "policy, round 1: 2.500 [2.250, 2.750]"]
 

@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(place: Path, data: str, model: str, out: Path, **changes: Any) -> RewardModelConfig:
+def config_of(place: Path, data: str, model: str, out: Path, **changes: Any) -> RewardModelConfig:
     return config_for(place / f"{data}.jsonl", place / model, out, **changes)
 
 
@@ -49,7 +49,7 @@ def asked(place: Path, data: str, model: str, out: Path, **changes: Any) -> Rewa
 def test_every_architecture_learns_a_preference_and_is_saved_as_a_plain_folder(
     arch: str, place: Path, tmp_path: Path
 ) -> None:
-    outcome = train(asked(place, "marked", arch, tmp_path / "rm"))
+    outcome = train(config_of(place, "marked", arch, tmp_path / "rm"))
     assert outcome.published and outcome.report["accuracy"]["low"] > 0.8
     assert outcome.report["length"]["only_length"] is False
     with quiet():
@@ -62,7 +62,7 @@ def test_every_architecture_learns_a_preference_and_is_saved_as_a_plain_folder(
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "roberta"])
 def test_every_architecture_learns_ratings(arch: str, place: Path, tmp_path: Path) -> None:
-    report = train(asked(place, "rated", arch, tmp_path, num_train_epochs=6)).report
+    report = train(config_of(place, "rated", arch, tmp_path, num_train_epochs=6)).report
     assert report["objective"] == "pointwise"
     assert report["r2"]["low"] > 0.5 and report["spearman"] > 0.8 and report["pair_accuracy"]["low"] > 0.8
     assert report["mse"]["high"] < report["mse_of_mean"]["low"]
@@ -74,7 +74,7 @@ def test_what_scores_reads_the_tokens_that_were_trained_on_and_gives_the_numbers
     arch: str, place: Path, tmp_path: Path
 ) -> None:
     """Bit for bit: the classifier with its default options against a forward pass over the training's own tokens."""
-    train(asked(place, "marked", arch, tmp_path, max_steps=6, allow_chance=True))
+    train(config_of(place, "marked", arch, tmp_path, max_steps=6, allow_chance=True))
     held_out = pq.read_table(tmp_path / "held_out.parquet").to_pydict()
     reward = load_reward(str(tmp_path / "model"), device="cpu")
     prompts = [prompt for prompt in held_out["prompt"] for _ in (0, 1)]
@@ -105,7 +105,7 @@ def test_texts_are_cut_on_the_left_in_training_and_in_scoring_alike(place: Path,
 
 @pytest.mark.slow
 def test_messages_are_read_through_the_chat_template(place: Path, tmp_path: Path) -> None:
-    outcome = train(asked(place, "messages", "chat", tmp_path))
+    outcome = train(config_of(place, "messages", "chat", tmp_path))
     assert outcome.report["accuracy"]["low"] > 0.8
     ask = [{"role": "user", "content": "Q "}]
     good, bad = ([{"role": "assistant", "content": f"abcd{mark}efgh"}] for mark in "+-")
@@ -115,18 +115,18 @@ def test_messages_are_read_through_the_chat_template(place: Path, tmp_path: Path
 
 def test_messages_without_a_chat_template_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows are messages, and the tokenizer of .* has no chat template"):
-        train(asked(place, "messages", "llama", tmp_path))
+        train(config_of(place, "messages", "llama", tmp_path))
 
 
 @pytest.mark.slow
 def test_labels_of_a_coin_give_no_model_but_a_report(place: Path, tmp_path: Path) -> None:
     """Held out are 60 prompts: a coin's accuracy has an interval above 1/2 once in 40 seeds; this seed is not one."""
-    outcome = train(asked(place, "tossed", "llama", tmp_path))
+    outcome = train(config_of(place, "tossed", "llama", tmp_path))
     assert not outcome.published and not (tmp_path / "model").exists()
     assert "is not better than chance: accuracy" in outcome.report["verdict"]
-    again = train(asked(place, "tossed", "llama", tmp_path))
+    again = train(config_of(place, "tossed", "llama", tmp_path))
     assert not again.worked and not again.published
-    allowed = train(asked(place, "tossed", "llama", tmp_path, allow_chance=True))
+    allowed = train(config_of(place, "tossed", "llama", tmp_path, allow_chance=True))
     assert allowed.published and not allowed.worked and (tmp_path / "model" / "config.json").is_file()
     assert not (tmp_path / "work").exists()
 
@@ -146,7 +146,7 @@ def test_few_held_out_prompts_cannot_show_anything(place: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_model_that_measures_length_alone_is_shown_to(place: Path, tmp_path: Path) -> None:
-    report = train(asked(place, "longer", "llama", tmp_path, num_train_epochs=6)).report
+    report = train(config_of(place, "longer", "llama", tmp_path, num_train_epochs=6)).report
     assert report["accuracy"]["low"] > 0.9 and report["length"]["longer_wins"]["mean"] == 1.0
     assert report["length"]["prefers_longer"] > 0.9 and report["length"]["only_length"] is True
 
@@ -154,7 +154,7 @@ def test_a_model_that_measures_length_alone_is_shown_to(place: Path, tmp_path: P
 @pytest.mark.slow
 def test_equal_seeds_give_equal_bytes_and_another_seed_others(place: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        train(asked(place, "marked", "distilbert", tmp_path / name, max_steps=6, seed=seed, allow_chance=True))
+        train(config_of(place, "marked", "distilbert", tmp_path / name, max_steps=6, seed=seed, allow_chance=True))
     one, two, three = (tree_hash(tmp_path / name / "model") for name in ("one", "two", "three"))
     assert one == two and one["model.safetensors"] != three["model.safetensors"]
     assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
@@ -164,7 +164,7 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_others(place: Path, tmp_p
 @pytest.mark.parametrize("data", ["marked", "rated"])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(data: str, place: Path, tmp_path: Path) -> None:
     changes = {"max_steps": 10, "save_steps": 4, "allow_chance": True}
-    whole, cut = (asked(place, data, "llama", tmp_path / name, **changes) for name in ("whole", "cut"))
+    whole, cut = (config_of(place, data, "llama", tmp_path / name, **changes) for name in ("whole", "cut"))
     train(whole)
 
     def stop(kind: str, facts: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(data: str, place: Pat
 @pytest.mark.parametrize("data", ["marked", "rated"])
 def test_training_that_is_interrupted_keeps_its_current_step(data: str, place: Path, tmp_path: Path) -> None:
     changes = {"max_steps": 10, "allow_chance": True}
-    whole, cut = (asked(place, data, "llama", tmp_path / name, **changes) for name in ("whole", "cut"))
+    whole, cut = (config_of(place, data, "llama", tmp_path / name, **changes) for name in ("whole", "cut"))
     train(whole)
 
     def stop(kind: str, facts: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def test_training_that_is_interrupted_keeps_its_current_step(data: str, place: P
 
 @pytest.mark.slow
 def test_a_checkpoint_that_was_cut_short_is_passed_over(place: Path, tmp_path: Path) -> None:
-    config = asked(place, "marked", "llama", tmp_path, max_steps=9, save_steps=3, allow_chance=True)
+    config = config_of(place, "marked", "llama", tmp_path, max_steps=9, save_steps=3, allow_chance=True)
 
     def stop(kind: str, facts: dict[str, Any]) -> None:
         if kind == "progress" and facts["of"] == 9 and facts["done"] == 7:
@@ -222,7 +222,7 @@ def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches(place: Path, tm
     curves = []
     for name, (size, times) in sizes.items():
         batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": times}
-        config = asked(place, "rated", "llama", tmp_path / name, max_steps=4, allow_chance=True, **batches)
+        config = config_of(place, "rated", "llama", tmp_path / name, max_steps=4, allow_chance=True, **batches)
         curves.append([point["loss"] for point in train(config).report["loss"]])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
@@ -230,7 +230,7 @@ def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches(place: Path, tm
 def test_a_finished_directory_is_found_finished_and_another_configuration_is_refused(
     place: Path, tmp_path: Path
 ) -> None:
-    config = asked(place, "marked", "llama", tmp_path, max_steps=3, allow_chance=True)
+    config = config_of(place, "marked", "llama", tmp_path, max_steps=3, allow_chance=True)
     first, second = train(config), train(config)
     assert first.worked and not second.worked and second.report == first.report
     with pytest.raises(ConfigChanged, match=r"learning_rate: 0\.003 there, 0\.01 now"):
@@ -254,18 +254,18 @@ def test_other_data_under_the_same_name_is_refused_in_the_middle(place: Path, tm
 
 def test_what_failed_before_anything_was_computed_may_be_fixed_in_place(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="what transformers' Trainer takes"):
-        train(asked(place, "marked", "llama", tmp_path, lr_scheduler_type="no such"))
-    train(asked(place, "marked", "llama", tmp_path, max_steps=1, allow_chance=True))
+        train(config_of(place, "marked", "llama", tmp_path, lr_scheduler_type="no such"))
+    train(config_of(place, "marked", "llama", tmp_path, max_steps=1, allow_chance=True))
 
 
 def test_a_directory_of_something_else_is_not_touched(place: Path, tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp" / "mine.txt").write_text("mine")
     with pytest.raises(StoreError, match=r"must be empty or hold an earlier `raftune reward train`; .* holds tmp\."):
-        train(asked(place, "marked", "llama", tmp_path))
+        train(config_of(place, "marked", "llama", tmp_path))
     (tmp_path / "config.yaml").write_text("name: a run")
     with pytest.raises(StoreError, match=r"config\.yaml is not one's"):
-        train(asked(place, "marked", "llama", tmp_path))
+        train(config_of(place, "marked", "llama", tmp_path))
     assert (tmp_path / "tmp" / "mine.txt").read_text() == "mine"
 
 
@@ -287,7 +287,7 @@ def test_a_head_of_several_labels_is_refused_with_the_fix_and_can_be_replaced(pl
 
 @pytest.mark.slow
 def test_a_reward_model_can_be_trained_further(place: Path, tmp_path: Path) -> None:
-    first = asked(place, "marked", "gpt2", tmp_path / "one")
+    first = config_of(place, "marked", "gpt2", tmp_path / "one")
     train(first)
     further = config_for(place / "marked.jsonl", tmp_path / "one" / "model", tmp_path / "two", max_steps=1)
     assert train(further).report["accuracy"]["low"] > 0.8
@@ -345,7 +345,7 @@ def test_an_adapter_is_merged_into_a_plain_folder(place: Path, tmp_path: Path) -
     adapter = {"adapter": {"r": 4, "alpha": 8}, "learning_rate": 1e-2}
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # nothing is deprecated that the user of a command can change
-        outcome = train(asked(place, "marked", "llama", tmp_path, **adapter))
+        outcome = train(config_of(place, "marked", "llama", tmp_path, **adapter))
     assert outcome.report["accuracy"]["low"] > 0.8
     assert not list((tmp_path / "model").glob("adapter*"))
     with quiet():
@@ -408,7 +408,7 @@ def test_ratings_outside_the_range_are_skipped(place: Path, tmp_path: Path) -> N
 
 
 def test_the_distribution_beside_the_model_is_that_of_the_held_out_scores(place: Path, tmp_path: Path) -> None:
-    train(asked(place, "marked", "llama", tmp_path, max_steps=6, allow_chance=True))
+    train(config_of(place, "marked", "llama", tmp_path, max_steps=6, allow_chance=True))
     held_out = pq.read_table(tmp_path / "held_out.parquet").to_pydict()
     scores = [*held_out["score_chosen"], *held_out["score_rejected"]]
     spec = RewardSpec(spec=str(tmp_path / "model"), options={"normalize": True})

@@ -18,7 +18,7 @@ from tools.starters.image.train_policies import sample
 Numbers = dict[str, float]
 
 
-def pictures(size: int, seed: int) -> tuple[list[Scene], Pixels]:
+def painted_images(size: int, seed: int) -> tuple[list[Scene], Pixels]:
     rng = np.random.default_rng(seed)
     chosen = [SCENES[i] for i in rng.integers(len(SCENES), size=size)]
     return chosen, paint(chosen, rng, ANY_RADIUS)
@@ -32,12 +32,12 @@ def right(judge: SceneClassifier, shown: list[Scene], pixels: Pixels) -> Numbers
 
 def measure_autoencoder(vae: AutoencoderKL, seed: int) -> Numbers:
     """The mean square difference of images from what the autoencoder makes of them, of values in -1…1."""
-    _, pixels = pictures(1024, seed)
+    _, pixels = painted_images(1024, seed)
     return rounded({"mse": float(np.square(2 * (reconstruct(vae, pixels) - pixels)).mean())}, 5)
 
 
 def measure_judge(vae: AutoencoderKL, judge: SceneClassifier, seed: int) -> dict[str, Numbers]:
-    shown, pixels = pictures(1024, seed)
+    shown, pixels = painted_images(1024, seed)
     return {
         "right_on_originals": right(judge, shown, pixels),
         "right_on_reconstructions": right(judge, shown, reconstruct(vae, pixels)),
@@ -48,7 +48,7 @@ def measure_judge(vae: AutoencoderKL, judge: SceneClassifier, seed: int) -> dict
 def measure_reward(clip: CLIPModel, seed: int) -> dict[str, Any]:
     """How often an image's own caption is above one that has another word, and the mean score of the two."""
     known, rng = tokenizer(), np.random.default_rng(seed)
-    shown, pixels = pictures(1024, seed)
+    shown, pixels = painted_images(1024, seed)
     own_N = scores(clip, known, pixels, shown)
     above, wrong = {}, []
     for name, words in ATTRIBUTES.items():

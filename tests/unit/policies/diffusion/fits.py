@@ -95,7 +95,7 @@ def trained(config: Parts, root: Path, rows: Path, callbacks: Any = (), name: st
     return out, report
 
 
-def drawn(config: Parts, folder: Path, start: Path, prompts: Sequence[Any] = TEXTS[:2], k: int = 1) -> list[Any]:
+def samples_of(config: Parts, folder: Path, start: Path, prompts: Sequence[Any] = TEXTS[:2], k: int = 1) -> list[Any]:
     """What the policy of this folder draws for the prompts, seeds 0, 1, …"""
     asked = tuple(Prompt(f"p{i}", content) for i, content in enumerate(prompts))
     seeds = tuple(tuple(range(i * k, i * k + k)) for i in range(len(prompts)))

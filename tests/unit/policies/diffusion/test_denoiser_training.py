@@ -23,7 +23,7 @@ from raftune.training.checkpoints import MANIFEST, REQUIRED
 from raftune.training.fit import AVERAGE
 from tests.builders import tree_hash
 from tests.pipelines import CELLS, save_tiny, tiny_pipeline
-from tests.unit.policies.diffusion.fits import drawn, parts, some_rows, start_of, trained, write_rows
+from tests.unit.policies.diffusion.fits import parts, samples_of, some_rows, start_of, trained, write_rows
 
 MODEL = "unet/diffusion_pytorch_model.safetensors"
 
@@ -65,7 +65,7 @@ def test_thirty_steps_lower_the_loss_and_move_samples_towards_the_kept_image(sd_
     start = tmp_path / "round-0000" / "model"
     distances = []
     for folder in (start, out):
-        payloads = [sample.payload for sample in drawn(config, folder, start, ["a circle", "a square"], k=2)]
+        payloads = [sample.payload for sample in samples_of(config, folder, start, ["a circle", "a square"], k=2)]
         latents = [latents_of(p["latents"], p["latents_shape"], p["latents_dtype"]) for p in payloads]
         distances.append(float(np.mean([(one - wanted).square().mean() for one in latents])))
     assert distances[1] < 0.85 * distances[0]
@@ -317,7 +317,7 @@ def test_in_bfloat16_the_adapter_stays_float32_and_the_model_samples(sd: Path, t
         assert np.isfinite(report.losses).all()
         file = out / ("pytorch_lora_weights.safetensors" if lora else MODEL)
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32 if lora else torch.bfloat16}
-        payload = drawn(config, out, tmp_path / str(lora) / "round-0000" / "model")[0].payload
+        payload = samples_of(config, out, tmp_path / str(lora) / "round-0000" / "model")[0].payload
         assert (payload["latents_dtype"], payload["invalid"]) == ("bfloat16", None)
 
 

@@ -26,7 +26,7 @@ from tests.unit.policies.diffusion.fits import write_rows
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 
-class OnePicture(PipelineAdapter):
+class OneImage(PipelineAdapter):
     """A denoiser whose whole knowledge is one image `mean`, said in whatever way the schedule wants."""
 
     pipelines = ()
@@ -63,7 +63,7 @@ def schedule_for(prediction: str) -> Schedule:
 
 
 def denoising(schedule: Schedule, mean: torch.Tensor, prompts: int = 3, **changes: Any) -> DenoisingLoss:
-    binding = OnePicture(schedule, mean)
+    binding = OneImage(schedule, mean)
     conditions = Conditions.joined([binding.encode(range(prompts)), binding.empty()])
     return DenoisingLoss(
         binding, schedule, DiffusionTraining(**{"condition_dropout": 0.0, **changes}), conditions, 7, StepCounter()

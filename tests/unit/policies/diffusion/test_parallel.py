@@ -58,7 +58,7 @@ def test_batches_that_an_interrupted_chunk_had_generated_are_not_generated_again
         if len(steps) == stop:
             raise KeyboardInterrupt
 
-    def drawn() -> list[Any]:
+    def generated() -> list[Any]:
         with partial.unfinished_work(tmp_path / "generate", tmp_path / "tmp", "00000", "key", {}):
             return drawer.generate(chunk(batch_size=4))
 
@@ -67,13 +67,13 @@ def test_batches_that_an_interrupted_chunk_had_generated_are_not_generated_again
     torch.set_num_threads(threads)
     try:
         stop = 0
-        whole = drawn()
+        whole = generated()
         total = len(steps)
         assert total > 1
         stop = total + 1
         with pytest.raises(KeyboardInterrupt):
-            drawn()
-        assert drawn() == whole
+            generated()
+        assert generated() == whole
         assert len(steps) == 2 * total
     finally:
         torch.set_num_threads(before)

@@ -21,7 +21,7 @@ from raftune.policies.diffusion import Diffusion
 from raftune.policies.diffusion.loading import load_denoiser, load_pipeline
 from raftune.policies.diffusion.model_folder import ModelRecord, fingerprint, read_record
 from tests.pipelines import save_tiny, tiny_pipeline
-from tests.unit.policies.diffusion.fits import Parts, drawn, parts, some_rows, start_of, trained, write_rows
+from tests.unit.policies.diffusion.fits import Parts, parts, samples_of, some_rows, start_of, trained, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_part_that_is_not_needed_can_be_left_out(model: Path, tmp_path: Path) 
     with pytest.raises(ModelError, match=r"lacks the folder safety_checker/ .*pipeline_init_kwargs"):
         start_of(parts(model), tmp_path / "a")
     without = parts(model, pipeline_init_kwargs={"safety_checker": None})
-    assert drawn(without, start := start_of(without, tmp_path / "b"), start)
+    assert samples_of(without, start := start_of(without, tmp_path / "b"), start)
 
 
 def test_a_device_that_is_not_there_is_named(kept: Path, tmp_path: Path) -> None:
@@ -225,8 +225,8 @@ def test_a_pipeline_given_as_an_object_is_written_whole_and_samples_the_same(kep
     Diffusion.start(parts("-"), given, model=tiny_pipeline("sd"))
     assert read_record(given).kind == "pipeline"
     Diffusion.verify(given)
-    assert [s.completion for s in drawn(parts("-"), given, given)] == [
-        s.completion for s in drawn(parts(kept), named, named)
+    assert [s.completion for s in samples_of(parts("-"), given, given)] == [
+        s.completion for s in samples_of(parts(kept), named, named)
     ]
 
 
@@ -241,7 +241,7 @@ def test_a_hub_name_is_held_at_the_commit_that_it_stood_for(kept: Path, tmp_path
     assert read_record(start) == ModelRecord("reference", "someone/tiny", commit, f"hub:{commit}")
     Diffusion.verify(start)
     named = start_of(parts(kept), tmp_path / "named")
-    assert drawn(config, start, start)[0].completion == drawn(parts(kept), named, named)[0].completion
+    assert samples_of(config, start, start)[0].completion == samples_of(parts(kept), named, named)[0].completion
 
 
 def test_an_object_that_is_no_pipeline_or_has_a_lora_on_it_is_refused(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_weights_are_of_the_configured_type(kept: Path, tmp_path: Path) -> None:
     config = parts(kept, dtype="bfloat16")
     policy = Diffusion.load(config, start := start_of(config, tmp_path), start)
     assert policy.sampler.denoiser.dtype == policy.frozen.pipe.vae.dtype == torch.bfloat16
-    [sample] = drawn(config, start, start, ["a red circle"])
+    [sample] = samples_of(config, start, start, ["a red circle"])
     assert sample.payload["latents_dtype"] == "bfloat16" and len(sample.payload["latents"]) == 2 * 4 * 8 * 8
 
 
@@ -327,15 +327,15 @@ def test_a_run_that_starts_from_a_round_generates_what_the_round_generated(
     rows = write_rows(tmp_path / "rows.parquet", some_rows())
     folder, _ = trained(config, tmp_path / "run", rows)
     start = start_of(config, tmp_path / "run")
-    expected = [s.payload["latents"] for s in drawn(config, folder, start)]
-    assert expected != [s.payload["latents"] for s in drawn(config, start, start)], "the round learned something"
+    expected = [s.payload["latents"] for s in samples_of(config, folder, start)]
+    assert expected != [s.payload["latents"] for s in samples_of(config, start, start)], "the round learned something"
 
     section = Diffusion.section_at(config.policy.model_dump(), folder.resolve(), start.resolve())
     for rounds in (0, 1):  # to evaluate it, and to go on from it
         later = replace(config, policy=DiffusionPolicy(**section), num_rounds=rounds)
         begins = start_of(later, tmp_path / f"later-{rounds}")
         Diffusion.verify(begins)
-        assert [s.payload["latents"] for s in drawn(later, begins, begins)] == expected
+        assert [s.payload["latents"] for s in samples_of(later, begins, begins)] == expected
     assert read_record(begins).kind == "full", "a LoRA is merged, so that the next one begins from zero"
 
 
@@ -348,11 +348,11 @@ def test_a_round_rests_on_a_start_that_was_a_round_itself(kept: Path, tmp_path: 
     later = later_than(config, folder, tmp_path)
     second, _ = trained(later, tmp_path / "later", rows)
     start = start_of(later, tmp_path / "later")
-    expected = [s.payload["latents"] for s in drawn(later, second, start)]
+    expected = [s.payload["latents"] for s in samples_of(later, second, start)]
     again = replace(later_than(later, second, tmp_path), num_rounds=0)
     begins = start_of(again, tmp_path / "evaluation")
     assert read_record(begins).kind == "adapter"
-    assert [s.payload["latents"] for s in drawn(again, begins, begins)] == expected
+    assert [s.payload["latents"] for s in samples_of(again, begins, begins)] == expected
 
 
 def later_than(config: Parts, folder: Path, root: Path) -> Parts:

@@ -28,7 +28,7 @@ from raftune.policies.diffusion.model_folder import LORA
 from raftune.training.quiet import quiet
 from tests.builders import tree_hash
 from tests.pipelines import SIZE, Kind, save_tiny, tiny_pipeline
-from tests.unit.policies.diffusion.fits import Parts, drawn, parts, some_rows, trained, write_rows
+from tests.unit.policies.diffusion.fits import Parts, parts, samples_of, some_rows, trained, write_rows
 
 LABELS = ("dit", "ddpm", "ddim")
 # Whole runs go over every architecture; here is one of each form on disk and each kind of target.
@@ -81,7 +81,7 @@ def same_and_changed(ours: Any, plain: Any, before: Any) -> None:
 def test_a_lora_saved_here_generates_our_image_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=True)
     prompt = prompt_of(kind)
-    ours = image_of(drawn(config, out, start, [prompt])[0].completion)
+    ours = image_of(samples_of(config, out, start, [prompt])[0].completion)
     before = plainly(loaded(tmp_path / "pipe"), kind, prompt)
     pipe = loaded(tmp_path / "pipe")
     with quiet():
@@ -94,7 +94,7 @@ def test_a_lora_saved_here_generates_our_image_in_a_plain_pipeline(tmp_path: Pat
 def test_where_diffusers_loads_no_lora_plain_peft_does(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=True, learning_rate=0.3)
     prompt = prompt_of(kind)
-    ours = image_of(drawn(config, out, start, [prompt])[0].completion)
+    ours = image_of(samples_of(config, out, start, [prompt])[0].completion)
     before = plainly(loaded(tmp_path / "pipe"), kind, prompt)
     pipe = loaded(tmp_path / "pipe")
     name = "unet" if kind == "ddpm" else "transformer"
@@ -107,7 +107,7 @@ def test_where_diffusers_loads_no_lora_plain_peft_does(tmp_path: Path, kind: Kin
 def test_a_whole_denoiser_exported_generates_our_image_in_a_plain_pipeline(tmp_path: Path, kind: Kind) -> None:
     config, start, out = run_of(kind, tmp_path, lora=False)
     prompt = prompt_of(kind)
-    ours = image_of(drawn(config, out, start, [prompt])[0].completion)
+    ours = image_of(samples_of(config, out, start, [prompt])[0].completion)
     before = plainly(loaded(tmp_path / "pipe"), kind, prompt)
     Diffusion.load(config, out, start).export(tmp_path / "exported")
     plain = plainly(loaded(tmp_path / "exported"), kind, prompt)

@@ -26,7 +26,7 @@ def server() -> Iterator[str]:
         yield url
 
 
-def asked(url: str, batch: RewardBatch, timeout: float = 10.0, retries: int = 0, **options: Any) -> list[Any]:
+def scores_from(url: str, batch: RewardBatch, timeout: float = 10.0, retries: int = 0, **options: Any) -> list[Any]:
     spec = RewardSpec(spec="http", options={"url": url, **options})
     with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=timeout, retries=retries)) as panel:
         return [(score.value, score.status, score.parts["http"].detail) for score in panel.score(batch)]
@@ -41,7 +41,7 @@ def test_texts_are_sent_with_prompts_and_columns_in_requests_of_the_given_size(
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
     before = len(httpx2.get(f"{server}/seen").json())
-    found = asked(f"{server}/words", texts(), batch_size=2, key_env="JUDGE_KEY")
+    found = scores_from(f"{server}/words", texts(), batch_size=2, key_env="JUDGE_KEY")
     assert [value for value, _, _ in found] == [None, 1.0, 2.0, 3.0, 4.0]
     assert found[0][1] is ScoreStatus.NOT_APPLICABLE
     bodies = sorted(httpx2.get(f"{server}/seen").json()[before:], key=lambda body: str(body["prompts"]))
@@ -56,7 +56,9 @@ def test_images_arrive_as_they_are(server: str) -> None:
 
     batch = example_images(mixed_sizes=True)
     expected = [float(np.asarray(picture, np.float64).mean()) for picture in batch.completions]
-    assert [value for value, _, _ in asked(f"{server}/brightness", batch, batch_size=5)] == pytest.approx(expected)
+    assert [value for value, _, _ in scores_from(f"{server}/brightness", batch, batch_size=5)] == pytest.approx(
+        expected
+    )
 
 
 NONSENSE = {
@@ -74,44 +76,44 @@ NONSENSE = {
 @pytest.mark.parametrize("kind", NONSENSE)
 def test_nonsense_is_a_status_with_what_was_said(server: str, kind: str) -> None:
     status, words = NONSENSE[kind]
-    for value, found, detail in asked(f"{server}/{kind}", texts()):
+    for value, found, detail in scores_from(f"{server}/{kind}", texts()):
         assert (value, found) == (None, status)
         assert words in detail
 
 
 def test_a_judge_that_takes_too_long_costs_its_limit(server: str) -> None:
     began = time.monotonic()
-    found = asked(f"{server}/slow", texts(2), timeout=0.5)
+    found = scores_from(f"{server}/slow", texts(2), timeout=0.5)
     assert {(value, status) for value, status, _ in found} == {(None, ScoreStatus.TIMEOUT)}
     assert time.monotonic() - began < 15
 
 
 def test_a_server_that_is_not_there_is_an_error(server: str) -> None:
-    found = asked("http://127.0.0.1:9/", texts(1))[0]
+    found = scores_from("http://127.0.0.1:9/", texts(1))[0]
     assert found[1] is ScoreStatus.ERROR
     assert "http://127.0.0.1:9/: " in found[2]
 
 
 def test_a_redirect_is_not_followed(server: str) -> None:
     before = len(httpx2.get(f"{server}/seen").json())
-    asked(f"{server}/elsewhere", texts(1))
+    scores_from(f"{server}/elsewhere", texts(1))
     assert len(httpx2.get(f"{server}/seen").json()) == before
 
 
 def test_a_key_that_the_server_repeats_is_not_shown(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    detail = asked(f"{server}/unknown", texts(1), key_env="JUDGE_KEY")[0][2]
+    detail = scores_from(f"{server}/unknown", texts(1), key_env="JUDGE_KEY")[0][2]
     assert detail.endswith("HTTP 401: do not know Bearer ***")
 
 
 def test_columns_can_be_chosen_and_must_be_there(server: str) -> None:
     day = datetime.date(2020, 1, 1)
     batch = RewardBatch(["q"], ["a b"], {"day": [day], "topic": [1]})
-    assert "cannot be sent as JSON" in asked(f"{server}/words", batch)[0][2]
-    assert asked(f"{server}/words", batch, columns=["topic"])[0][0] == 2.0
+    assert "cannot be sent as JSON" in scores_from(f"{server}/words", batch)[0][2]
+    assert scores_from(f"{server}/words", batch, columns=["topic"])[0][0] == 2.0
     assert (
         "names 'colour', which the prompts lack; there are: day, topic"
-        in (asked(f"{server}/words", batch, columns=["colour"])[0][2])
+        in (scores_from(f"{server}/words", batch, columns=["colour"])[0][2])
     )
 
 
@@ -134,7 +136,7 @@ def test_wrong_options_are_refused_at_once(options: dict[str, Any], message: str
 @pytest.mark.parametrize("path", ["endless", "bomb"])
 def test_an_endless_reply_is_cut_off_long_before_the_time_limit(server: str, path: str) -> None:
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ((_, status, detail),) = asked(f"{server}/{path}", texts(1), timeout=30.0)
+    ((_, status, detail),) = scores_from(f"{server}/{path}", texts(1), timeout=30.0)
     assert (status, detail) == (
         ScoreStatus.ERROR,
         f"RewardError: {server}/{path}: the answer is longer than 4,194,304 bytes; it was broken off",

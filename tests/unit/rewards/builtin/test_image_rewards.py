@@ -34,7 +34,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
-def asked(reward: Any, prompts: list[Any] | None = None, **columns: Any) -> list[float]:
+def scores_of(reward: Any, prompts: list[Any] | None = None, **columns: Any) -> list[float]:
     found = reward(prompts=prompts or TEXTS, completions=PICTURES.completions, **columns)
     return [float(value) for value in found]
 
@@ -58,14 +58,14 @@ def test_the_clip_score_is_the_models_own_logit_of_each_image_and_its_prompt(cli
     assert np.std(expected) > 0.5
     for batch_size in (1, 3, 32):
         spec = RewardSpec(spec="clip_score", options={"model": str(clip), "batch_size": batch_size})
-        assert asked(load_reward(spec)) == pytest.approx(expected, abs=1e-4)
+        assert scores_of(load_reward(spec)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_cosine_is_the_logit_without_its_scale(clip: Path) -> None:
     scale = float(tiny_clip_model().logit_scale.detach().exp())
     expected = (logits_per_image(clip).diagonal() / scale).tolist()
     reward = load_reward(RewardSpec(spec="clip_score", options={"model": str(clip), "cosine": True}))
-    assert asked(reward) == pytest.approx(expected, abs=1e-5)
+    assert scores_of(reward) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_folder_a_model_and_a_pick_score_of_the_same_weights_score_alike(clip: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_folder_a_model_and_a_pick_score_of_the_same_weights_score_alike(clip:
         load_reward(RewardSpec(spec="pick_score", options=pick)),
         load_reward(tiny_clip_model(), tokenizer=processor, name="mine"),
     ):
-        assert asked(reward) == pytest.approx(expected, abs=1e-4)
+        assert scores_of(reward) == pytest.approx(expected, abs=1e-4)
         assert reward.media == {"image"}
 
 
@@ -94,26 +94,26 @@ def test_a_model_given_as_an_object_needs_its_processor() -> None:
 
 def test_prompts_longer_than_the_encoder_reads_are_counted_once(clip: Path) -> None:
     reward: Any = load_reward(str(clip))
-    asked(reward)
+    scores_of(reward)
     (note,) = reward.notes()
     assert "1 of 8 prompts are longer than the 16 tokens" in note
     assert f"the longest has {len(clip_tokenizer()(LONG)['input_ids'])}" in note
-    asked(reward)
+    scores_of(reward)
     assert reward.notes() == ()
 
 
 def test_text_beyond_the_limit_does_not_count(clip: Path) -> None:
     reward = load_reward(str(clip))
-    assert asked(reward, [LONG] * 16) == asked(reward, [LONG + " red"] * 16)
+    assert scores_of(reward, [LONG] * 16) == scores_of(reward, [LONG + " red"] * 16)
 
 
 def test_the_text_can_come_from_a_column(clip: Path) -> None:
     spec = RewardSpec(spec="clip_score", options={"model": str(clip), "column": "caption"})
-    assert asked(load_reward(spec), list(range(16)), caption=TEXTS) == asked(load_reward(str(clip)))
+    assert scores_of(load_reward(spec), list(range(16)), caption=TEXTS) == scores_of(load_reward(str(clip)))
     with pytest.raises(RewardError, match=r"options\.column names 'caption', which the prompts lack"):
-        asked(load_reward(spec))
+        scores_of(load_reward(spec))
     with pytest.raises(RewardError, match=r"compares an image with a text; got int 0\. Name a column"):
-        asked(load_reward(str(clip)), list(range(16)))
+        scores_of(load_reward(str(clip)), list(range(16)))
 
 
 def test_features_are_unit_vectors_and_released_weights_are_read_again(clip: Path) -> None:
@@ -206,7 +206,7 @@ def test_the_aesthetic_score_is_the_network_over_the_unit_vector(clip: Path, tmp
     vectors = torch.from_numpy(ClipModel(str(clip)).image_features(PICTURES.completions))
     expected = torch.nn.Sequential(*modules[:-1])(vectors)[:, 0].tolist()
     reward = load_reward(RewardSpec(spec="aesthetic", options={"model": str(tmp_path / "head")}))
-    assert asked(reward) == pytest.approx(expected, abs=1e-4)
+    assert scores_of(reward) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_published_layout_is_read_whatever_stood_between_its_layers(clip: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_published_layout_is_read_whatever_stood_between_its_layers(clip: Path
     save_file(arrays, tmp_path / "linear.safetensors")
     save_head(tmp_path / "head", given, clip=str(clip))
     bare = RewardSpec(spec="aesthetic", options={"model": str(tmp_path / "linear.safetensors"), "clip": str(clip)})
-    assert asked(load_reward(bare)) == asked(load_reward(str(tmp_path / "head")))
+    assert scores_of(load_reward(bare)) == scores_of(load_reward(str(tmp_path / "head")))
     assert load_head(str(tmp_path / "linear.safetensors")).sizes == (12, 8, 4, 3, 2, 1)
 
 
@@ -279,7 +279,7 @@ def test_a_heads_configuration_that_cannot_be_meant_is_refused(tmp_path: Path) -
 # -- file size and colours ---------------------------------------------------------------------------------------------
 
 
-def picture(pixels: Any) -> Image.Image:
+def image_of(pixels: Any) -> Image.Image:
     return Image.fromarray(np.asarray(pixels, np.uint8))
 
 
@@ -290,8 +290,8 @@ def one(spec: str, image: Image.Image, **options: Any) -> float:
 
 
 def test_the_file_size_is_that_of_the_file_in_thousands_of_bytes() -> None:
-    noise = picture(np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
-    flat = picture(np.full((64, 64, 3), 90))
+    noise = image_of(np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
+    flat = image_of(np.full((64, 64, 3), 90))
     buffer = io.BytesIO()
     noise.save(buffer, format="JPEG", quality=50)
     assert one("file_size", noise, quality=50) == len(buffer.getvalue()) / 1000
@@ -304,7 +304,7 @@ def test_the_file_size_is_that_of_the_file_in_thousands_of_bytes() -> None:
 
 def rows(*colours: tuple[int, int, int]) -> Image.Image:
     """Stripes of these colours, each four rows high."""
-    return picture(np.repeat(np.array(colours)[:, None], 4, axis=0) * np.ones((1, 8, 1)))
+    return image_of(np.repeat(np.array(colours)[:, None], 4, axis=0) * np.ones((1, 8, 1)))
 
 
 BLACK, WHITE, GREY, RED, BLUE, YELLOW = (

@@ -60,60 +60,60 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def panel(file: Path) -> Iterator[Any]:
-    with load_panel(RewardsConfig(reward_funcs=(f"{file}:act",), timeout=2.0)) as panel:
-        yield panel
+def reward_set(file: Path) -> Iterator[Any]:
+    with load_panel(RewardsConfig(reward_funcs=(f"{file}:act",), timeout=2.0)) as reward_set:
+        yield reward_set
 
 
-def asked(act: str, size: int = 2, **columns: list[Any]) -> RewardBatch:
+def batch_of(act: str, size: int = 2, **columns: list[Any]) -> RewardBatch:
     return RewardBatch(
         ["q"] * size, [f"a{i}" for i in range(size)], {"act": [act] * size, **columns}, state={"global_step": 5}
     )
 
 
-def pid(panel: Any) -> int:
-    return int(panel.score(asked("pid"))[0].value)
+def pid(reward_set: Any) -> int:
+    return int(reward_set.score(batch_of("pid"))[0].value)
 
 
-def test_the_reward_runs_in_another_process_which_stays(panel: Any) -> None:
-    assert pid(panel) == pid(panel) != os.getpid()
+def test_the_reward_runs_in_another_process_which_stays(reward_set: Any) -> None:
+    assert pid(reward_set) == pid(reward_set) != os.getpid()
 
 
 @pytest.mark.slow
-def test_a_process_that_exits_is_an_error_and_another_one_takes_the_next_call(panel: Any) -> None:
-    before = pid(panel)
-    part = panel.score(asked("leave"))[0].parts["act"]
+def test_a_process_that_exits_is_an_error_and_another_one_takes_the_next_call(reward_set: Any) -> None:
+    before = pid(reward_set)
+    part = reward_set.score(batch_of("leave"))[0].parts["act"]
     assert (part.status, part.detail) == (ScoreStatus.ERROR, "the reward's process exited with code 7")
-    assert pid(panel) != before
+    assert pid(reward_set) != before
 
 
 @pytest.mark.slow
-def test_a_process_that_was_killed_between_calls_is_replaced(panel: Any) -> None:
-    before = pid(panel)
+def test_a_process_that_was_killed_between_calls_is_replaced(reward_set: Any) -> None:
+    before = pid(reward_set)
     os.kill(before, signal.SIGKILL)
     time.sleep(0.2)
-    assert pid(panel) != before
+    assert pid(reward_set) != before
 
 
 @pytest.mark.slow
 def test_a_reward_that_holds_the_interpreters_lock_is_ended_all_the_same(file: Path) -> None:
-    with load_panel(RewardsConfig(reward_funcs=({"spec": f"{file}:act", "timeout": 0.5},))) as panel:
-        before = pid(panel)
-        assert panel.score(asked("hold the lock"))[0].status is ScoreStatus.TIMEOUT
+    with load_panel(RewardsConfig(reward_funcs=({"spec": f"{file}:act", "timeout": 0.5},))) as reward_set:
+        before = pid(reward_set)
+        assert reward_set.score(batch_of("hold the lock"))[0].status is ScoreStatus.TIMEOUT
         assert not alive(before)
 
 
-def test_standard_input_is_empty_for_the_reward(panel: Any) -> None:
-    assert panel.score(asked("read"))[0].value == 1.0
+def test_standard_input_is_empty_for_the_reward(reward_set: Any) -> None:
+    assert reward_set.score(batch_of("read"))[0].value == 1.0
 
 
-def test_logs_and_the_trainers_state_cross_the_border(panel: Any) -> None:
-    panel.score(asked("log"))
-    assert panel.extras.columns == {"upper": ["A0", "A1"]}
-    assert panel.extras.metrics == {"step": 5.0}
+def test_logs_and_the_trainers_state_cross_the_border(reward_set: Any) -> None:
+    reward_set.score(batch_of("log"))
+    assert reward_set.extras.columns == {"upper": ["A0", "A1"]}
+    assert reward_set.extras.metrics == {"step": 5.0}
 
 
-def test_columns_arrive_as_they_were(panel: Any) -> None:
+def test_columns_arrive_as_they_were(reward_set: Any) -> None:
     nested = [{"role": "user", "content": "x"}, {"content": "y", "tool": None, "k": [1, {"z": 2.5}]}]
     columns = {
         "nested": nested,
@@ -122,8 +122,8 @@ def test_columns_arrive_as_they_were(panel: Any) -> None:
         "none": [None, None],
         "odd": ["\ud800", "é\0"],
     }
-    panel.score(asked("columns", **columns))
-    seen = json.loads(panel.extras.columns["seen"][0])
+    reward_set.score(batch_of("columns", **columns))
+    seen = json.loads(reward_set.extras.columns["seen"][0])
     assert {name: seen[name] for name in columns} == columns
     assert seen["completions"] == ["a0", "a1"]
 
@@ -141,8 +141,8 @@ def test_batches_survive_the_wire_value_for_value() -> None:
     assert batch_from(batch_table(before), before.state) == before
 
 
-def test_a_column_that_cannot_be_sent_is_an_error_that_names_it(panel: Any) -> None:
-    part = panel.score(asked("pid", thing=[object(), object()]))[0].parts["act"]
+def test_a_column_that_cannot_be_sent_is_an_error_that_names_it(reward_set: Any) -> None:
+    part = reward_set.score(batch_of("pid", thing=[object(), object()]))[0].parts["act"]
     assert part.status is ScoreStatus.ERROR
     assert "column/thing holds values (of type object) that cannot be sent" in part.detail
 
@@ -177,8 +177,8 @@ def test_the_process_ends_when_its_input_closes_even_in_the_middle_of_a_call(fil
 @pytest.mark.slow
 def test_a_patterns_catastrophe_costs_its_call_only() -> None:
     config = RewardsConfig(reward_funcs=({"spec": "regex", "options": {"pattern": "(a+)+$"}},), timeout=0.5)
-    with load_panel(config) as panel:
-        statuses = [panel.score(RewardBatch(["q"], [text]))[0].status for text in ("aaa", "a" * 64 + "b", "aaa")]
+    with load_panel(config) as reward_set:
+        statuses = [reward_set.score(RewardBatch(["q"], [text]))[0].status for text in ("aaa", "a" * 64 + "b", "aaa")]
     assert statuses == [ScoreStatus.OK, ScoreStatus.TIMEOUT, ScoreStatus.OK]
 
 
@@ -186,11 +186,11 @@ def test_a_patterns_catastrophe_costs_its_call_only() -> None:
 def test_code_that_changes_while_the_run_goes_on_ends_it_when_the_process_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "changing.py"
     path.write_text(FILE)
-    with load_panel(RewardsConfig(reward_funcs=(f"{path}:act",))) as panel:
-        panel.score(asked("leave"))
+    with load_panel(RewardsConfig(reward_funcs=(f"{path}:act",))) as reward_set:
+        reward_set.score(batch_of("leave"))
         path.write_text(FILE + "\n# changed\n")
         with pytest.raises(RewardError, match="its code changed while the run was going"):
-            panel.score(asked("pid"))
+            reward_set.score(batch_of("pid"))
 
 
 @pytest.mark.slow

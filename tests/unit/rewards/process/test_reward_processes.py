@@ -101,56 +101,58 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def panel(spec: str) -> Iterator[RewardSet]:
-    with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=20.0)) as panel:
-        yield panel
+def reward_set(spec: str) -> Iterator[RewardSet]:
+    with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=20.0)) as reward_set:
+        yield reward_set
 
 
-def asked(kind: str, start: int, mark: Path) -> RewardBatch:
+def batch_of(kind: str, start: int, mark: Path) -> RewardBatch:
     numbers = [str(start + i) for i in range(3)]
     return RewardBatch(["q"] * 3, numbers, {"act": [kind] * 3, "mark": [str(mark)] * 3})
 
 
-def values(panel: RewardSet, kind: str, start: int, mark: Path) -> list[Any]:
-    return [score.value for score in panel.score(asked(kind, start, mark))]
+def values(reward_set: RewardSet, kind: str, start: int, mark: Path) -> list[Any]:
+    return [score.value for score in reward_set.score(batch_of(kind, start, mark))]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the channel by /proc")
-def test_stray_bytes_shift_no_score(panel: RewardSet, tmp_path: Path) -> None:
-    assert values(panel, "strays", 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
-    assert values(panel, "fine", 20, tmp_path / "mark") == [20.0, 21.0, 22.0]
+def test_stray_bytes_shift_no_score(reward_set: RewardSet, tmp_path: Path) -> None:
+    assert values(reward_set, "strays", 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
+    assert values(reward_set, "fine", 20, tmp_path / "mark") == [20.0, 21.0, 22.0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "interrupt", "close", "full"])
-def test_a_process_that_died_once_is_retried_and_no_score_shows_it(panel: RewardSet, tmp_path: Path, kind: str) -> None:
-    panel.notes()
-    assert values(panel, kind, 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
-    assert len([note for note in panel.notes() if note.endswith("the batch is asked again")]) == 1
+def test_a_process_that_died_once_is_retried_and_no_score_shows_it(
+    reward_set: RewardSet, tmp_path: Path, kind: str
+) -> None:
+    reward_set.notes()
+    assert values(reward_set, kind, 10, tmp_path / "mark") == [10.0, 11.0, 12.0]
+    assert len([note for note in reward_set.notes() if note.endswith("the batch is asked again")]) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the channel by /proc")
 def test_what_a_process_does_to_itself_every_time_is_its_error_and_what_is_done_to_it_ends_the_run(
-    panel: RewardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reward_set: RewardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "MOST_TRIES", 2)  # each start of a process takes a second
     for kind, how in (
         ("strays", "wrote into the channel of its answers, and was ended"),
         ("segfault", "was ended by signal 11 (SIGSEGV)"),
     ):
-        part = panel.score(asked(f"{kind} always", 0, tmp_path / "mark"))[0].parts["act"]
+        part = reward_set.score(batch_of(f"{kind} always", 0, tmp_path / "mark"))[0].parts["act"]
         assert (part.status, part.detail) == (ScoreStatus.ERROR, f"the reward's process {how}")
     for kind, how in (("kill", r"ended by signal 9 \(SIGKILL\), 2 times"), ("full", "No space left")):
         with pytest.raises(RewardError, match=how):
-            panel.score(asked(f"{kind} always", 0, tmp_path / "mark"))
-    assert values(panel, "fine", 1, tmp_path / "mark") == [1.0, 2.0, 3.0]
+            reward_set.score(batch_of(f"{kind} always", 0, tmp_path / "mark"))
+    assert values(reward_set, "fine", 1, tmp_path / "mark") == [1.0, 2.0, 3.0]
 
 
 def test_what_python_c_and_children_print_reaches_our_standard_error_and_no_reply(
-    panel: RewardSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    reward_set: RewardSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert values(panel, "print", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]
+    assert values(reward_set, "print", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]
     deadline, printed = time.monotonic() + 5, ""
     while "from a child" not in printed and time.monotonic() < deadline:
         printed += capfd.readouterr().err
@@ -159,8 +161,8 @@ def test_what_python_c_and_children_print_reaches_our_standard_error_and_no_repl
         assert words in printed
 
 
-def test_megabytes_of_output_take_no_call_its_time(panel: RewardSet, tmp_path: Path) -> None:
-    assert values(panel, "flood", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]
+def test_megabytes_of_output_take_no_call_its_time(reward_set: RewardSet, tmp_path: Path) -> None:
+    assert values(reward_set, "flood", 5, tmp_path / "mark") == [5.0, 6.0, 7.0]
 
 
 @pytest.mark.slow
@@ -168,12 +170,12 @@ def test_a_reward_that_leaves_a_daemon_and_hangs_ends_at_its_limit_and_so_does_t
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DAEMON_FILE", str(tmp_path / "daemon"))
-    with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=1.0)) as panel:
-        mark = panel.rewards[panel.names[0]]._process.mark
+    with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=1.0)) as reward_set:
+        mark = reward_set.rewards[reward_set.names[0]]._process.mark
         began = time.monotonic()
-        assert panel.score(asked("daemon", 0, tmp_path / "mark"))[0].status is ScoreStatus.TIMEOUT
+        assert reward_set.score(batch_of("daemon", 0, tmp_path / "mark"))[0].status is ScoreStatus.TIMEOUT
         assert time.monotonic() - began < 5
-        assert values(panel, "fine", 1, tmp_path / "mark") == [1.0, 2.0, 3.0]
+        assert values(reward_set, "fine", 1, tmp_path / "mark") == [1.0, 2.0, 3.0]
     if sys.platform == "linux":
         assert not alive(int((tmp_path / "daemon").read_text()))
         assert marked(mark) == []
@@ -239,8 +241,8 @@ def test_what_a_reward_does_to_its_own_streams_and_errors_is_no_death(tmp_path: 
         "    sys.stdout = None\n    os.closerange(0, 90)\n"
         "    if 'c' in completions: raise Mute\n    return [1.0] * len(completions)\n"
     )
-    with RewardSet([load_reward(RewardSpec(spec=f"{tmp_path / 'odd.py'}:act"))], batch_size=1) as panel:
-        scores = panel.score(RewardBatch(["q"] * 3, ["a", "b", "c"]))
+    with RewardSet([load_reward(RewardSpec(spec=f"{tmp_path / 'odd.py'}:act"))], batch_size=1) as reward_set:
+        scores = reward_set.score(RewardBatch(["q"] * 3, ["a", "b", "c"]))
         assert [score.value for score in scores] == [1.0, 1.0, None]
         assert "Mute" in scores[2].parts["act"].detail
-        assert panel.notes() == ()
+        assert reward_set.notes() == ()

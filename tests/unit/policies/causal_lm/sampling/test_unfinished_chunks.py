@@ -65,7 +65,7 @@ def a_policy(folder: Path, out: Path, **changes: Any) -> CausalLM:
     return policy
 
 
-def drawn(policy: CausalLM, at: Path) -> list[Sample]:
+def samples_of(policy: CausalLM, at: Path) -> list[Sample]:
     with partial.unfinished_work(at, at / "tmp", "00000", "key", {}):
         return policy.generate(chunk_of(PROMPTS, k=4, batch_size=8))
 
@@ -76,19 +76,19 @@ def test_generation_that_was_killed_resumes_to_the_same_completions(
     folder: Path, tmp_path: Path, killed_at: list[int], way: str
 ) -> None:
     policy = a_policy(folder, tmp_path / "start", **WAYS[way])
-    drawn(policy, tmp_path / "first")  # what a policy finds out once has steps of its own
+    samples_of(policy, tmp_path / "first")  # what a policy finds out once has steps of its own
     killed_at[0] = -1
-    whole = drawn(policy, tmp_path / "whole")
+    whole = samples_of(policy, tmp_path / "whole")
     steps = -killed_at[0] - 1
     assert steps > (2 if way == "generate" else 40)
     for number in {1, 2, steps // 3, steps // 2, steps - 1} - {0}:
         at = tmp_path / f"killed-{number}"
         killed_at[0] = number
         with pytest.raises(Killed):
-            drawn(policy, at)
+            samples_of(policy, at)
         assert len(list(at.glob("_part-*"))) == 1
         killed_at[0] = -1
-        assert drawn(policy, at) == whole
+        assert samples_of(policy, at) == whole
         assert -killed_at[0] - 1 <= steps - number + 1, "steps that were done are not done again"
         assert not list(at.glob("_part-*"))
 
@@ -120,20 +120,20 @@ def test_what_was_saved_under_other_settings_or_was_damaged_is_not_used(
     folder: Path, tmp_path: Path, killed_at: list[int]
 ) -> None:
     policy = a_policy(folder, tmp_path / "start")
-    whole = drawn(policy, tmp_path / "whole")
+    whole = samples_of(policy, tmp_path / "whole")
     killed_at[0] = 20
     with pytest.raises(Killed):
-        drawn(policy, tmp_path)
+        samples_of(policy, tmp_path)
     killed_at[0] = -1
     [saved] = tmp_path.glob("_part-*")
     with partial.unfinished_work(tmp_path, tmp_path / "tmp", "00000", "another key", {}):
         assert partial.current("forked").find() is None
     killed_at[0] = 20
     with pytest.raises(Killed):
-        drawn(policy, tmp_path)
+        samples_of(policy, tmp_path)
     killed_at[0] = -1
     [saved] = tmp_path.glob("_part-*")
     content = bytearray(saved.read_bytes())
     content[len(content) // 2] ^= 1
     saved.write_bytes(content)
-    assert drawn(policy, tmp_path) == whole
+    assert samples_of(policy, tmp_path) == whole
