@@ -27,7 +27,7 @@ from raftune.store.run import RunFolder
 from tests.runs import tiny
 from tests.runs.chat_server import ChatServer, chat_server
 from tests.runs.kill import tree
-from tests.unit.clients.servers import asked, chat, closed_url, serving
+from tests.unit.clients.servers import chat, closed_url, question_of, serving
 
 REWARDS = """
 def value(prompts, completions, **columns):
@@ -514,7 +514,7 @@ def test_an_abler_judge_ranks_the_prompts(base: Path, tmp_path: Path, capsys: py
     template.write_text("{prompt} {answer_a} {answer_b}")
 
     def larger(body: dict[str, Any]) -> Any:
-        _, first, second = asked(body).split()
+        _, first, second = question_of(body).split()
         return chat("[[A]]" if int(first) > int(second) else "[[B]]")
 
     with serving(larger) as numbers:
