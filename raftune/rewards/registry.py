@@ -17,6 +17,7 @@ from raftune.rewards.fingerprint import digest
 
 T = TypeVar("T", bound="type[BuiltInReward]")
 BUILT_IN: dict[str, type[BuiltInReward]] = {}
+MEDIA = frozenset({"text", "messages", "image"})
 TYPES = {str: "text", int: "integer", float: "number", bool: "true | false", tuple: "list", type(None): "null"}
 
 
@@ -82,9 +83,18 @@ def builtin(
     own_process: bool = False,
     model_type: str | None = None,
 ) -> Callable[[T], T]:
-    """Declares the decorated dataclass as the built-in reward of this name."""
+    """Declares the decorated dataclass as the built-in reward of this name; media: of text, messages, image."""
 
     def declare(reward: T) -> T:
+        other = BUILT_IN.get(name, reward)
+        for wrong, fix in (
+            ("__dataclass_fields__" not in vars(reward), "put @dataclass below @builtin"),
+            (isinstance(media, str) or not set(media) <= MEDIA, f"media must be a tuple of {', '.join(sorted(MEDIA))}"),
+            ((reward.__doc__ or "").startswith(f"{reward.__name__}("), "write a docstring: it is the help"),
+            (other.__qualname__ != reward.__qualname__, f"{other.__qualname__} has this name already"),
+        ):
+            if wrong:
+                raise TypeError(f"built-in reward {name!r}: {fix}")
         reward.name, reward.media, reward.example = name, frozenset(media), example
         reward.own_process, reward.model_type = own_process, model_type
         paragraphs = (reward.__doc__ or "").strip().split("\n\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +12,26 @@ from raftune.rewards.builtin.answer import AnswerReward, boxed, canonical, last_
 from raftune.rewards.builtin.length import LengthReward
 from raftune.rewards.builtin.regex import RegexReward
 from raftune.rewards.builtin.repetition import RepetitionReward
+from raftune.rewards.registry import BUILT_IN, BuiltInReward, builtin
+
+
+@pytest.mark.parametrize(
+    ("media", "is_dataclass", "doc", "name", "fix"),
+    [
+        ("text", True, "Help.", "new", "media must be a tuple of image, messages, text"),
+        (("txt",), True, "Help.", "new", "media must be a tuple"),
+        (("text",), False, "Help.", "new", "put @dataclass below @builtin"),
+        (("text",), True, None, "new", "write a docstring"),
+        (("text",), True, "Help.", "length", "LengthReward has this name already"),
+    ],
+)
+def test_a_mistake_in_the_declaration_of_a_built_in_reward_is_named(
+    media: Any, is_dataclass: bool, doc: str | None, name: str, fix: str
+) -> None:
+    reward: Any = type("New", (BuiltInReward,), {"__doc__": doc, "__annotations__": {"size": int}, "size": 1})
+    with pytest.raises(TypeError, match=fix):
+        builtin(name, media=media, example={})(dataclass(reward) if is_dataclass else reward)
+    assert "new" not in BUILT_IN
 
 
 def values(reward: Any, completions: list[Any], **columns: Any) -> list[float | None]:
