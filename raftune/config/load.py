@@ -267,5 +267,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changed |= differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            changed[prefix + name] = (redacted(before, name), redacted(after, name))
+            changed[prefix + name] = (redacted(without_empty(before), name), redacted(without_empty(after), name))
     return changed
+
+
+def without_empty(value: Any) -> Any:
+    """The value without those fields of the sections in a list that are empty."""
+    if isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value):
+        return [{k: v for k, v in item.items() if v not in (None, {}, [], ())} for item in value]
+    return value
