@@ -184,7 +184,7 @@ def test_completions_that_cannot_be_scored_are_counted_and_named(
     assert "1 invalid, 5 ok" in said and "prompt 'Q4', completion 'bad'" in said
     all_bad = write(tmp_path / "b.jsonl", [{"prompt": "Q", "completion": "bad"}])
     assert main(["reward", "score", spec, str(all_bad)]) == 1
-    assert "1 of 1 answer could not be scored" in capsys.readouterr().err
+    assert "1 of 1 completion could not be scored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

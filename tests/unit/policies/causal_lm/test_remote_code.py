@@ -27,14 +27,14 @@ from datasets import Dataset
 from raftune import RaftConfig, RaftTrainer
 from raftune.errors import ModelError
 from raftune.policies.causal_lm import CausalLM
-from tests.builders import parts, unit_of, write_rows
-from tests.unit.policies.causal_lm.fits import some_rows, tuned
+from tests.builders import parts, chunk_of, write_rows
+from tests.unit.policies.causal_lm.fits import some_rows, trained
 
 root = Path(sys.argv[1])
 config = parts("somebody/own", trust_remote_code=True)
-out, report = tuned(config, root / "run", write_rows(root / "rows.parquet", some_rows(4)))
+out, report = trained(config, root / "run", write_rows(root / "rows.parquet", some_rows(4)))
 policy = CausalLM.load(config, out, root / "run" / "round-0000" / "model")
-print(type(policy.model).__name__, report.steps, len(policy.generate(unit_of(("so",)))))
+print(type(policy.model).__name__, report.steps, len(policy.generate(chunk_of(("so",)))))
 print((root / "run" / "round-0000" / "model" / "reference.json").read_text())
 untrusted = lambda: CausalLM.start(parts("somebody/own"), root / "untrusted")
 trainer = lambda: RaftTrainer(
