@@ -51,7 +51,7 @@ def test_centred_latents_have_mean_0_and_deviation_1_and_the_images_stay_the_sam
         vae.quant_conv.bias[:4] += torch.tensor([1.0, -2.0, 0.5, 3.0])
     pixels = paint(SCENES[::8], np.random.default_rng(0), ANY_RADIUS)
     before = reconstruct(vae, pixels)
-    centre(vae, 5, pictures=768)
+    centre(vae, 5, images=768)
     latents = encode(vae, paint(SCENES, np.random.default_rng(1), ANY_RADIUS))
     assert latents.mean((0, 2, 3)).abs().max() < 0.15
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.15
