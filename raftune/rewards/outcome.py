@@ -118,7 +118,7 @@ def judge(output: Any, size: int, log: RewardLog) -> RewardOutcome:
 def attempt(reward: Any, batch: RewardBatch, *, main_thread: bool = False) -> RewardOutcome:
     """The outcome of one call in this thread; whatever the reward raises, SystemExit included, becomes a status.
 
-    `ours`: a built-in reward model, on the main thread of a run, where Python delivers signals. KeyboardInterrupt,
+    main_thread: a built-in reward model, on the main thread of a run, where Python delivers signals; KeyboardInterrupt,
     SystemExit and what a signal handler raised are raised again there, also if code turned them into another error.
     """
     log = RewardLog()

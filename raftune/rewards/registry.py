@@ -89,7 +89,7 @@ def builtin(
         other = BUILT_IN.get(name, reward)
         for wrong, fix in (
             ("__dataclass_fields__" not in vars(reward), "put @dataclass below @builtin"),
-            (isinstance(media, str) or not set(media) <= MEDIA, f"media must be a tuple of {', '.join(sorted(MEDIA))}"),
+            (not set(media) <= MEDIA, f"media must be a tuple of {', '.join(sorted(MEDIA))}"),
             ((reward.__doc__ or "").startswith(f"{reward.__name__}("), "write a docstring: it is the help"),
             (other.__qualname__ != reward.__qualname__, f"{other.__qualname__} has this name already"),
         ):

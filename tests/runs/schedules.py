@@ -298,7 +298,7 @@ def break_interrupts() -> None:
         try:
             return outcome.judge(reward(**outcome.keywords(batch, log)), len(batch), log)
         except BaseException as error:
-            return outcome.whole(outcome.ScoreStatus.ERROR, type(error).__name__, len(batch))
+            return outcome.same_for_all(outcome.ScoreStatus.ERROR, type(error).__name__, len(batch))
 
     executors.attempt = attempt
     interruption.in_stretch = lambda: False  # and the interrupt is raised where the work is
