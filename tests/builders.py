@@ -30,6 +30,7 @@ from transformers import (
     Qwen2ForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
+    TrainerCallback,
 )
 
 from raftune.config.policy import AdapterConfig, CausalLMPolicy
@@ -235,3 +236,18 @@ def tree_hash(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under the folder, by its path in it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class Killed(BaseException):
+    """Stands for a process that ends: nothing in the package may catch it."""
+
+
+class KillAfter(TrainerCallback):
+    """Ends the fit as soon as the checkpoint of `step` is whole."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Killed

@@ -360,7 +360,7 @@ def best_round(root: Path) -> int | None:
     if not path.is_file() and sum(is_done(run, round_) for round_ in run.rounds()) > 1:
         raise RunDamaged(f"{path} is missing. {AGAIN}")
     content = read_json(path)
-    if content and (has_changed(content) or "rounds" not in content):
+    if content and has_changed(content, "rounds"):
         raise RunDamaged(f"{path} has changed since it was written. {AGAIN}")
     round_ = content.get("round")
     if isinstance(round_, bool) or not isinstance(round_, int | None):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from raftune.config.reward_model import RewardModelConfig, rate_for
 from raftune.errors import ConfigError, ModelError, OutOfMemory
@@ -20,11 +20,10 @@ from raftune.reward_models.examples import FeedbackExample
 from raftune.sanitize import first_line
 from raftune.store import interruption
 from raftune.training.checkpoints import STATE, CheckpointCallback, newest_verified
-from raftune.training.fit import LengthGroupedSampler
+from raftune.training.fit import LengthGroupedSampler, one_process_arguments
 from raftune.training.quiet import quiet
 
 IDENTITY = "reward model"  # the configuration and the rows of a folder are checked before
-NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 NOT_FINITE = "{} must be finite; got {}. Nothing was saved: lower learning_rate, or look at the rows."
 
 
@@ -170,27 +169,15 @@ def _trainer(
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type "
         "warmup_steps weight_decay max_grad_norm seed bf16 gradient_checkpointing"
     )
-    args = TrainingArguments(
+    args = one_process_arguments(
+        "A reward model",
+        work,
+        config.save_steps,
         **{name: getattr(config, name) for name in names.split()},
-        output_dir=str(work),
         learning_rate=rate,
         use_cpu=config.device == "cpu",
-        save_strategy="steps",
-        save_steps=config.save_steps or NEVER,
-        save_total_limit=2,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
         dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
     )
-    if args.world_size > 1:
-        raise ConfigError(
-            f"A reward model is trained by one process; a launcher began {args.world_size}. Start raftune without it."
-        )
-    if args.n_gpu > 1:  # without a launcher Trainer would take all GPUs
-        args._n_gpu = 1
 
     def collate(rows: list[int]) -> dict[str, torch.Tensor]:
         """Rows padded on the right; of pairs all preferred answers, then all others."""

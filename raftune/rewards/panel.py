@@ -244,7 +244,9 @@ class RewardSet:
         return {name: (self._executors[name].start(batch), time.monotonic() + self._timeouts[name]) for name in names}
 
 
-def misfits(panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs") -> Iterator[str]:
+def incompatible_rewards(
+    panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs"
+) -> Iterator[str]:
     """A sentence for each reward of the set that cannot read what a policy of this medium and family makes."""
     for name, scored, medium in incompatible(panel.rewards, media):
         yield (

@@ -29,6 +29,7 @@ from raftune.results.summary import (
 )
 from raftune.sanitize import counted, duration, one_line
 from raftune.store import pulse
+from raftune.store.commit import folder_of
 from raftune.store.layout import chunk_file
 from raftune.store.run import RunFolder
 
@@ -212,7 +213,7 @@ class Progress(_Display):
         if self._stage is not None:
             self._stage.chunks = (found, total)
         if found:
-            self._print(f"{VERBS.get(stage, stage)}: {found} of {total} units were there already")
+            self._print(f"{VERBS.get(stage, stage)}: {found} of {total} chunks were there already")
         self._update(total=total, completed=found)
 
     def _on_chunk(self, round: int, stage: str, chunk: int, notes: list[str], **_: Any) -> None:
@@ -221,7 +222,7 @@ class Progress(_Display):
             self._stage.chunks = (self._stage.chunks[0] + 1, self._stage.chunks[1])
             pulse.clear()
         if self._moves and self._task is not None:
-            folder = self._run.folder(round, stage.replace("evaluation ", "evaluate/"))
+            folder = self._run.folder(round, folder_of(stage))
             self._tally.add(folder / chunk_file(chunk), stage)
             self._bars.advance(self._task)
 

@@ -147,7 +147,7 @@ def _read(run: RunFolder) -> Rescoring | None:
         record = json.loads(path.read_bytes())
     except ValueError as error:
         raise RunDamaged(f"{path} is not valid JSON. {fix}") from error
-    if not isinstance(record, dict) or has_changed(record):
+    if not isinstance(record, dict) or has_changed(record, "places", "from"):
         raise RunDamaged(f"{path} has changed since it was written. {fix}")
     stages = frozenset((round_, name) for round_, name in record["places"])
     unfinished_stages = frozenset(stage for stage in stages if run.earlier_scores(*stage).is_dir())

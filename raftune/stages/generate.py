@@ -16,6 +16,7 @@ from raftune.protocols import Chunk, ChunkedStage, Policy, PolicyProvider, Stage
 from raftune.records import Prompt, Sample, derive_seed, samples_table
 from raftune.stages.parity import generation_words
 from raftune.stages.plan import read_chunk, read_plan
+from raftune.store.commit import stage_of
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table, write_table
 
@@ -35,7 +36,7 @@ class GenerateStage(ChunkedStage):
     ) -> None:
         """`code`: the hash of the code of a custom backend."""
         self.policies, self.model, self.plan, self.columns, self.code = policies, model, plan, columns, code or {}
-        self.name, self.writes = writes.replace("evaluate/", "evaluation "), writes
+        self.name, self.writes = stage_of(writes), writes
         self.reads = (plan, model)
         self.fields = (*DRAWN_BY, *(("sampling.candidate_columns",) if columns else ()))
 

@@ -14,6 +14,7 @@ from raftune.errors import DataError
 from raftune.protocols import ChunkedStage, PolicyProvider, StageInputs, SupportsLogProbs
 from raftune.stages.plan import prompts_of_samples, read_plan, read_prompts
 from raftune.stages.score import read_shards
+from raftune.store.commit import stage_of
 from raftune.store.layout import chunk_numbers
 from raftune.store.parquet import write_table
 
@@ -39,7 +40,7 @@ class LogProbsStage(ChunkedStage):
         self, policies: PolicyProvider, *, model: str, writes: str, plan: str = "plan", shards: tuple[str, ...]
     ) -> None:
         self.policies, self.model, self.plan, self.shards = policies, model, plan, shards
-        self.name, self.writes = writes.replace("evaluate/", "evaluation "), writes
+        self.name, self.writes = stage_of(writes), writes
         self.reads = (plan, *shards, model)
 
     def chunks(self, inputs: StageInputs) -> list[int]:

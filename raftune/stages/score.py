@@ -14,7 +14,7 @@ from raftune.errors import RunDamaged
 from raftune.protocols import ChunkedStage, Scorer, StageInputs
 from raftune.records import RewardPart, Score, ScoreStatus, extras_of, scores_table
 from raftune.stages.plan import prompts_of_samples
-from raftune.store.commit import has_changed
+from raftune.store.commit import has_changed, stage_of
 from raftune.store.committed import check_file, committed
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_metadata, read_table, write_table
@@ -41,7 +41,7 @@ class ScoreStage(ChunkedStage):
     ) -> None:
         """`earlier`: a folder of scores to keep, which may be missing; it is deleted once the stage is committed."""
         self.panel, self.plan, self.shards, self.local, self.scratch = panel, plan, reads, local, earlier
-        self.name, self.writes = writes.replace("evaluate/", "evaluation "), writes
+        self.name, self.writes = stage_of(writes), writes
         self.reads = (plan, *reads)
 
     def fingerprints(self) -> Mapping[str, str]:
@@ -102,7 +102,7 @@ def read_only(folder: Path) -> list[str]:
     """The statuses of the samples that are scored again, beside earlier scores. Raises RunDamaged."""
     path = folder / ONLY
     content = json.loads(path.read_bytes())
-    if has_changed(content):
+    if has_changed(content, "only"):
         raise RunDamaged(f"{path} has changed since it was written. Resume the run with --from score.")
     return list(content["only"])
 

@@ -33,9 +33,12 @@ def with_hash(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, SELF: sha256_hex([json_bytes(content)])}
 
 
-def has_changed(content: Mapping[str, Any]) -> bool:
-    """Whether the content is not what `with_hash` wrote; true of content without a hash."""
-    return content != with_hash({name: value for name, value in content.items() if name != SELF})
+def has_changed(content: Mapping[str, Any], *fields: str) -> bool:
+    """Whether the content is not what `with_hash` wrote; true of content without a hash, and of content that lacks one
+    of the file's `fields`: another file's, whose hash is right.
+    """
+    rest = {name: value for name, value in content.items() if name != SELF}
+    return not rest.keys() >= set(fields) or content != with_hash(rest)
 
 
 def too_old(path: Path) -> RunTooOld:
@@ -54,6 +57,11 @@ def round_above(folder: Path) -> Path | None:
 def folder_of(stage: str) -> str:
     """The folder of a round that a stage of this name writes."""
     return {"start": "model", "train": "model", "gather": "rows"}.get(stage, stage.replace("evaluation ", "evaluate/"))
+
+
+def stage_of(folder: str) -> str:
+    """The name of a chunked stage that writes this folder of a round."""
+    return folder.replace("evaluate/", "evaluation ")
 
 
 def stage_key(stage: str, fields: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -92,7 +100,7 @@ class DroppedFiles:
             return None
         try:
             content = json.loads(path.read_bytes())
-            if has_changed(content):
+            if has_changed(content, "why"):
                 raise ValueError
             files = {name: FileEntry(**entry) for name, entry in content.get("files", {}).items()}
             return cls(str(content.get("why", "")), tuple(content.get("columns", ())), files)

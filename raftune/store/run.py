@@ -122,7 +122,7 @@ class RunFolder:
             raise RunDamaged(f"{path} is not a JSON object. Restore it: it is the run's configuration.")
         if "tuning" in data:
             raise too_old(path)
-        if has_changed(data) or "output_dir" not in data:  # other files carry a hash of themselves, too
+        if has_changed(data, "output_dir"):
             changed = difference_to_yaml(self.root / YAML, data)
             fields = [f"{name} is {old!r} here and {new!r} in {YAML}" for name, (old, new) in changed.items()]
             again = shell_command("raftune", "train", self.root / YAML, "--output-dir", self.root)

@@ -199,21 +199,16 @@ def arguments(
     """The arguments of transformers' Trainer. Raises ConfigError where it refuses them."""
     try:
         with quiet():
-            args = TrainingArguments(
-                output_dir=str(work),
+            # The loss bypasses the forward by which processes would exchange gradients.
+            return one_process_arguments(
+                "A round",
+                work,
+                config.save_steps,
                 per_device_train_batch_size=size.rows,
                 gradient_accumulation_steps=size.accumulation,
-                save_strategy="steps",
-                save_total_limit=2,
-                logging_strategy="no",
-                logging_nan_inf_filter=False,
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
                 use_cpu=device.type == "cpu",
                 dataloader_pin_memory=device.type == "cuda",
                 seed=seed % 2**32,  # numpy takes no more
-                save_steps=config.save_steps or NEVER,
                 **{name: getattr(config, name) for name in PASSED_ON},
                 **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
                 **config.trainer_kwargs,
@@ -221,9 +216,29 @@ def arguments(
     except (ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"training must be what transformers' Trainer takes: {reason}") from error
-    if args.world_size > 1:  # the loss bypasses the forward by which processes would exchange gradients
+
+
+def one_process_arguments(trained: str, work: Path, save_steps: int | None, **options: Any) -> TrainingArguments:
+    """The arguments of a Trainer that writes checkpoints and logs nothing, in one process on one device.
+
+    `trained` is the subject of the error where a launcher started several. Raises ConfigError for that, and what
+    transformers raises for options that it refuses.
+    """
+    args = TrainingArguments(
+        output_dir=str(work),
+        save_strategy="steps",
+        save_steps=save_steps or NEVER,
+        save_total_limit=2,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **options,
+    )
+    if args.world_size > 1:
         raise ConfigError(
-            f"A round is trained by one process; a launcher began {args.world_size}. Start raftune without it."
+            f"{trained} is trained by one process; a launcher began {args.world_size}. Start raftune without it."
         )
     if args.n_gpu > 1:  # without a launcher Trainer would take all GPUs through DataParallel
         args._n_gpu = 1

@@ -22,7 +22,7 @@ from raftune.results.status import status_of
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
 from raftune.store.run import RunFolder
-from tests.builders import save_tiny
+from tests.builders import Killed, save_tiny
 
 NOT_COMPARED = ("tmp", "LOCK", "events.jsonl", "environment.json", "config.yaml")
 
@@ -73,10 +73,6 @@ def tree(root: Path) -> dict[str, str]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     names = ((path, path.relative_to(root)) for path in files)
     return {str(n): hashlib.sha256(p.read_bytes()).hexdigest() for p, n in names if n.parts[0] not in NOT_COMPARED}
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in raftune catches it."""
 
 
 def dying_after(events: int) -> Callable[[str, dict[str, Any]], None]:

@@ -22,8 +22,9 @@ from raftune.errors import ConfigError, DataError, ModelError
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from raftune.training.quiet import quiet
+from tests.builders import Killed
 from tests.pipelines import SIZE, WORDS, Kind, save_tiny
-from tests.runs.test_causal_lm_runs import Killed, dying_after, tree
+from tests.runs.test_causal_lm_runs import dying_after, tree
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,8 @@ UNHARMED = {"harmed": None, "elements": 0, "scripts": 2, "handlers": 0, "links":
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with pages.browser() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("page"), document())
-
-
-@pytest.fixture
-def opened(chromium: Browser, file: Path) -> Iterator[Opened]:
-    with Opened(chromium, file) as page:
-        yield page
-        assert page.complaints == []
 
 
 # -- it opens from disk -----------------------------------------------------------------------------------------------

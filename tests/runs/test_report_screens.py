@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -21,21 +20,8 @@ Pieces = list[tuple[str, bool]]
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with pages.browser() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("page"), document())
-
-
-@pytest.fixture
-def opened(chromium: Browser, file: Path) -> Iterator[Opened]:
-    with Opened(chromium, file) as page:
-        yield page
-        assert page.complaints == []
 
 
 # -- what they show ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, 
 from raftune.policies.registry import FAMILIES, family_of
 from raftune.protocols import Callback, ChunkedStage, Stage
 from raftune.rewards.loading import load_panel
-from raftune.rewards.panel import RewardSet, misfits
+from raftune.rewards.panel import RewardSet, incompatible_rewards
 from raftune.runtime.assembly import limit_threads
 from raftune.runtime.staleness import change
 from raftune.sanitize import shell_command
@@ -217,7 +217,7 @@ class WhatIfRun:
             family = self.config.policy.family
             # Code that a run's configuration names is not imported to look at the run.
             media = family_of(self.config).media if family in FAMILIES else None
-            if media is not None and (findings := [*misfits(self._panel, media, family)]):
+            if media is not None and (findings := [*incompatible_rewards(self._panel, media, family)]):
                 raise ConfigError("\n".join(findings))
             if self._panel.has_weights:
                 limit_threads(self.config)  # they shape a reward model's scores

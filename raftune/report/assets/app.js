@@ -14,11 +14,11 @@ function attend(node) {
 
 /** The document as it was written, with an empty list for what it lacks. */
 function readDocument() {
-  const found = JSON.parse(document.getElementById("run").textContent);
+  const report = JSON.parse(document.getElementById("run").textContent);
   const list = (given) => ({ shown: 0, of: 0, chosen_by: "", items: [], ...given });
-  const lists = { prompts: list(found.prompts), compare: list(found.compare), learned: list(found.learned) };
-  for (const [name, image] of Object.entries(found.images ?? {})) images.set(name, image);
-  return { ...found, ...lists, missing: found.missing ?? [] };
+  const lists = { prompts: list(report.prompts), compare: list(report.compare), learned: list(report.learned) };
+  for (const [name, image] of Object.entries(report.images ?? {})) images.set(name, image);
+  return { ...report, ...lists, missing: report.missing ?? [] };
 }
 
 /** sample id → the screen that shows it, the sample, and the item that it belongs to. */
@@ -145,11 +145,11 @@ function onClick(event) {
   const link = event.target.closest?.('a[href^="#"]');
   if (!link || event.button || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
   event.preventDefault();
-  const found = parsed(link.getAttribute("href"));
-  if (!found) document.querySelector(link.getAttribute("href"))?.focus();
-  else if (link.getAttribute("role") === "tab") go(found.screen);
-  else if (found.screen === state.screen && link.closest(".rows, .scoreline, .ladder")) set(found.options);
-  else go(found.screen, found.options);
+  const target = parsed(link.getAttribute("href"));
+  if (!target) document.querySelector(link.getAttribute("href"))?.focus();
+  else if (link.getAttribute("role") === "tab") go(target.screen);
+  else if (target.screen === state.screen && link.closest(".rows, .scoreline, .ladder")) set(target.options);
+  else go(target.screen, target.options);
 }
 
 // -- what is around the screens -----------------------------------------------------------------------------------

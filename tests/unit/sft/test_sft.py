@@ -26,7 +26,7 @@ from raftune.sft import SftOutcome, sft
 from raftune.sft.work import as_run
 from raftune.store import interruption, partial
 from raftune.training.quiet import quiet
-from tests.builders import EOS, save_tiny, tiny_tokenizer, tree_hash
+from tests.builders import EOS, Killed, save_tiny, tiny_tokenizer, tree_hash
 from tests.hh import write_hh
 
 ANSWERS = [{"prompt": f"ask {i % 12} ", "chosen": f"the cab {i % 3}", "rejected": "a bath"} for i in range(40)]
@@ -199,10 +199,6 @@ def test_a_second_call_finds_everything_done_and_changes_no_byte(whole: SftOutco
     again = sft(config(whole.root, model, data))
     assert not again.worked and again.report == whole.report
     assert tree_hash(whole.root) == before
-
-
-class Killed(BaseException):
-    """What an observer raises in place of a kill."""
 
 
 @pytest.mark.slow

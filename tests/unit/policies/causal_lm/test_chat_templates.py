@@ -23,8 +23,8 @@ from raftune.records import Prompt
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
 from raftune.sft import sft
-from tests.builders import BOS, EOS, tiny_model, tiny_tokenizer
-from tests.runs.test_causal_lm_runs import Killed, config, dying_after, tree
+from tests.builders import BOS, EOS, Killed, tiny_model, tiny_tokenizer
+from tests.runs.test_causal_lm_runs import config, dying_after, tree
 
 BEGIN = "{{ bos_token }}{% for m in messages %}"
 ASKS = "{% if add_generation_prompt %}"

@@ -23,7 +23,7 @@ from raftune.policies.model_files import OPTIMIZER
 from raftune.store import interruption, partial
 from raftune.training import fit
 from raftune.training.checkpoints import MANIFEST, REQUIRED, newest_verified, verifies
-from tests.builders import Parts, parts, tree_hash, write_rows
+from tests.builders import KillAfter, Killed, Parts, parts, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import model_folders, some_rows, trained
 
 
@@ -33,21 +33,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 # -- interruptions ---------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a process that ends: nothing in the package may catch it."""
-
-
-class KillAfter(TrainerCallback):
-    """Ends the fit as soon as the checkpoint of `step` is whole."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Killed
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from raftune.policies.diffusion.images import columns_of, latents_of
 from raftune.policies.model_files import OPTIMIZER
 from raftune.training.checkpoints import MANIFEST, REQUIRED
 from raftune.training.fit import AVERAGE
-from tests.builders import tree_hash
+from tests.builders import KillAfter, Killed, tree_hash
 from tests.pipelines import CELLS, save_tiny, tiny_pipeline
 from tests.unit.policies.diffusion.fits import parts, samples_of, some_rows, start_of, trained, write_rows
 
@@ -120,21 +120,6 @@ def test_a_fit_that_learns_nothing_has_not_moved(sd: Path, tmp_path: Path, rows:
 
 
 # -- interruptions ---------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for a process that ends: nothing in the package may catch it."""
-
-
-class KillAfter(TrainerCallback):  # type: ignore[misc]
-    """Ends the fit as soon as the checkpoint of `step` is whole."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Killed
 
 
 @pytest.mark.slow

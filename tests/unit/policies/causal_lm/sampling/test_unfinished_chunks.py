@@ -12,7 +12,7 @@ import pytest
 from raftune.policies.causal_lm.policy import CausalLM
 from raftune.records import Sample, samples_table
 from raftune.store import interruption, partial
-from tests.builders import chunk_of, parts, save_tiny
+from tests.builders import Killed, chunk_of, parts, save_tiny
 
 PROMPTS = ["the bath", "a", "ab ab ab", "that thing there", "b", "tha"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -24,10 +24,6 @@ WAYS: dict[str, dict[str, Any]] = {
 
 # How a run generates, as it is recorded.
 RECORD: dict[str, Any] = {"forked": "", "rows": 0, "distances": {}, "noise": 0.0, "allowed": 1e-3}
-
-
-class Killed(BaseException):
-    """In place of SIGKILL: what was saved stays, and nothing else does."""
 
 
 @pytest.fixture(scope="module")
