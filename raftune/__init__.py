@@ -5,8 +5,9 @@ raftune.RaftTrainer, RaftConfig     the same loop with TRL's interface
 raftune.raft_iteration              one round on a table of logits
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from raftune.lazy import exports
 
 __version__ = "0.2.0"
 
@@ -18,18 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["RaftConfig", "RaftTrainer", "RunConfig", "raft_iteration", "resume", "run"]
 
-_HOMES = {
-    "RaftConfig": "raftune.trainer",
-    "RaftTrainer": "raftune.trainer",
-    "RunConfig": "raftune.config",
-    "raft_iteration": "raftune.policies.tabular.raft_iteration",
-    "resume": "raftune.runtime.run",
-    "run": "raftune.runtime.run",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """The public names are read on first use, so that importing raftune imports no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'raftune' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+# On first use, so that importing raftune imports no torch.
+__getattr__ = exports(
+    __name__,
+    {
+        "RaftConfig": "raftune.trainer",
+        "RaftTrainer": "raftune.trainer",
+        "RunConfig": "raftune.config",
+        "raft_iteration": "raftune.policies.tabular.raft_iteration",
+        "resume": "raftune.runtime.run",
+        "run": "raftune.runtime.run",
+    },
+)

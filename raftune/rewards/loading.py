@@ -14,8 +14,6 @@ from raftune.rewards.panel import RewardSet
 from raftune.rewards.registry import BUILT_IN, import_all
 from raftune.rewards.resolve import FunctionReward, is_function, resolve
 
-import_all()
-
 
 def load_reward(
     reward: RewardSpec | str | Callable[..., Any],
@@ -34,6 +32,7 @@ def load_reward(
         reward = RewardSpec.model_validate(reward)
     if isinstance(reward, RewardSpec):
         spec = reward if name is None else reward.model_copy(update={"name": name})
+        import_all()
         if is_function(spec.spec) or (spec.spec in BUILT_IN and BUILT_IN[spec.spec].own_process):
             from raftune.rewards.process.client import ProcessReward
 

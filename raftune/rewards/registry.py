@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -105,6 +105,7 @@ def builtin(
     return declare
 
 
+@cache
 def import_all() -> None:
     """Imports every file of builtin/ that declares a reward; none of these imports torch."""
     for path in sorted((Path(__file__).parent / "builtin").glob("*.py")):

@@ -21,7 +21,7 @@ from raftune.protocols import Reward
 from raftune.rewards import fingerprint
 from raftune.rewards.batch import IMAGE_MEDIA, PASSED, TEXT_MEDIA, is_image
 from raftune.rewards.outcome import hub_error, one_line
-from raftune.rewards.registry import BUILT_IN
+from raftune.rewards.registry import BUILT_IN, import_all
 from raftune.sanitize import did_you_mean
 from raftune.store.files import sha256_of
 
@@ -32,10 +32,11 @@ SHORT_NAMES = {
 
 def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
     """The reward of a spec, in this process. Raises ConfigError for a wrong spec, RewardError if it does not load."""
+    if is_function(spec.spec):
+        return _from_function(spec)
+    import_all()
     if spec.spec in BUILT_IN:
         cls, options = BUILT_IN[spec.spec], spec.options
-    elif is_function(spec.spec):
-        return _from_function(spec)
     else:
         name, source = _model_reward(spec)
         cls, options = BUILT_IN[name], {"model": source, **spec.options}

@@ -20,7 +20,7 @@ from raftune.report import rewriting
 from raftune.runtime.assembly import PythonObjects, Runtime
 from raftune.runtime.preflight import preflight
 from raftune.runtime.rescoring import statuses, unfinished
-from raftune.runtime.staleness import check
+from raftune.runtime.staleness import check, named_stages
 from raftune.runtime.trackers import reporting
 from raftune.runtime.verification import check_config_file, faults_of
 from raftune.store.files import json_bytes, sha256_hex, sha256_of, stage_file
@@ -57,6 +57,7 @@ def run(
     with folder.lock():
         runtime = Runtime(folder, config, objects)
         try:
+            named_stages(runtime, redo)  # a wrong name is refused before a reward is loaded
             preflight(runtime)
             aside = check(runtime, redo, named)
             with reporting(config, folder.root, observe) as inner, rewriting(config, folder.root, inner) as emit:

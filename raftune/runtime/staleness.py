@@ -40,7 +40,7 @@ def check(runtime: Runtime, redo: str | None = None, only: Sequence[str] = ()) -
     latents would be needed, ConfigError for an unknown stage and for an option that the initial model lacks.
     """
     run = runtime.run
-    first = [_parse(name, runtime) for name in redo.split(",")] if redo is not None else []
+    first = named_stages(runtime, redo)
     unfinished = rescoring.unfinished(run)
     over: set[RoundStage] = set()
     if only:
@@ -171,6 +171,11 @@ def _set_aside(runtime: Runtime, chosen: dict[RoundStage, Stage]) -> list[str]:
     for key in [*orphans, *reversed(chosen)]:
         run.supersede(*key)
     return names
+
+
+def named_stages(runtime: Runtime, redo: str | None) -> list[tuple[int, str]]:
+    """The stages that `--from` names, each with the round that it starts at. Raises ConfigError."""
+    return [_parse(name, runtime) for name in redo.split(",")] if redo is not None else []
 
 
 def _parse(redo: str, runtime: Runtime) -> tuple[int, str]:

@@ -409,9 +409,10 @@ def list_rewards(
     raftune reward list
     raftune reward list length
     """
-    from raftune.rewards.registry import BUILT_IN
+    from raftune.rewards.registry import BUILT_IN, import_all
     from raftune.rewards.resolve import SHORT_NAMES
 
+    import_all()
     if name is not None and name not in BUILT_IN:
         hint = did_you_mean(name.casefold(), BUILT_IN, f"there are {', '.join(sorted(BUILT_IN))}.")
         raise ConfigError(f"NAME must be a built-in reward; got {name!r}; {hint}")

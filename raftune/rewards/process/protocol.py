@@ -64,7 +64,9 @@ def _encode(name: str, values: list[Any]) -> tuple[pa.Array, str]:
             as_rgb(value).save(buffer, format="PNG", compress_level=1)
         return pa.array([buffer.getvalue() for buffer in buffers], pa.binary()), "png"
     with contextlib.suppress(TypeError, ValueError):
-        return pa.array([json.dumps(value) for value in values], pa.string()), "json"
+        texts = pa.lib.StringBuilder()  # pa.array imports pandas
+        texts.append_values([json.dumps(value) for value in values])
+        return texts.finish(), "json"
     with contextlib.suppress(pa.ArrowException, TypeError, ValueError):  # bytes, dates, decimals and the like
         array = pa.array(values)
         if array.to_pylist() == values:

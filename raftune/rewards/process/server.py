@@ -19,7 +19,7 @@ from raftune.engines.process import move_high, serve
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards.batch import RewardBatch
 from raftune.rewards.outcome import attempt, attempt_async, one_line
-from raftune.rewards.process.protocol import batch_from, batch_table, packed, unpacked
+from raftune.rewards.process.protocol import batch_from, packed, unpacked
 from raftune.rewards.resolve import resolve
 
 GRACE_SECONDS = 5.0
@@ -41,8 +41,6 @@ def main() -> None:
         message = str(error) if known else f"{order['spec']['spec']}: {one_line(error)}"
         reply(packed({"error": kind, "message": message}))
         return
-    # The first conversion to Arrow imports for a third of a second, which must not count against a call's time limit.
-    batch_from(batch_table(RewardBatch([""], [""])), {})
     facts: dict[str, Any] = {name: getattr(reward, name) for name in ("name", "fingerprint", "is_async")}
     facts |= {name: sorted(getattr(reward, name)) for name in ("media", "needs")}
     reply(packed(facts | {"accepts": None if reward.accepts is None else sorted(reward.accepts)}))
