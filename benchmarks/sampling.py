@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from raftune.policies.causal_lm.sampling.backend import choose_backend, generate
-from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 from raftune.policies.causal_lm.sampling.token_choice import BackendName, SamplingParams
+from raftune.policies.causal_lm.weight_probe import rows_of_prompts
 
 PAD, EOS, FIRST_WORD = 0, 2, 3
 Draw = Callable[[], list[int]]  # the lengths of all completions, EOS included

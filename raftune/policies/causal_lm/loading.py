@@ -45,7 +45,7 @@ from raftune.training.devices import choose_device
 from raftune.training.load_errors import UNTRUSTED, why_not_loaded
 from raftune.training.quiet import quiet
 
-PROBE = "parity.json"  # of a round that was trained: see parity.py
+PROBE = "parity.json"  # of a round that was trained: see weight_probe.py
 MAMBA = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 
 

@@ -25,15 +25,16 @@ from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.loading import model_usage, write_model
 from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, generate, generate_by, replay
-from raftune.policies.causal_lm.sampling.parity import (
-    check_parity,
+from raftune.policies.causal_lm.sampling.parity import check_parity
+from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
+from raftune.policies.causal_lm.sampling.token_choice import BackendName, GeneratedCompletion, SamplingParams
+from raftune.policies.causal_lm.weight_probe import (
     plain_log_probs,
     probe_of_fit,
+    probe_rows,
     read_probe,
     rows_of_prompts,
 )
-from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
-from raftune.policies.causal_lm.sampling.token_choice import BackendName, GeneratedCompletion, SamplingParams
 from raftune.policies.model_files import ADAPTER, REFERENCE, publish_files, read_optimizer
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
 from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
@@ -307,8 +308,15 @@ class CausalLM:
         data = read_rows(rows, self.encoder, training)
         seed, adapter_seed = derive_seed(self.config.seed, "tune", data.round), derive_seed(self.config.seed, "adapter")
         settings = training.model_dump_json() + "".join(objective_code(training).values())
+        probed, before = probe_rows(data.examples), list[list[float]]()
+
+        def load() -> Any:
+            model = loading.load_round(policy, self.folder, self.start_folder, self.device, adapter_seed)
+            before[:] = plain_log_probs(model, probed, self._pad_id)  # before any checkpoint is read into it
+            return model
+
         task = FitTask(
-            load=lambda: loading.load_round(policy, self.folder, self.start_folder, self.device, adapter_seed),
+            load=load,
             rows=data.rows,
             lengths=[len(example.ids) for example in data.examples],
             collate=lambda batch: batch_of(batch, self.tokenizer.pad_token_id),
@@ -321,7 +329,7 @@ class CausalLM:
         fitted = fit(task, training, work, self.device)
         write_model(fitted.model, self.tokenizer, out, loading.base_of_adapters(self.start_folder), fitted.optimizer)
         plain = extract_model_from_parallel(fitted.model, keep_fp32_wrapper=False)  # without autocast in its forward
-        probe_of_fit(plain, data.examples, self._pad_id).write(out)
+        probe_of_fit(plain, probed, before, self._pad_id).write(out)
         self._notes |= dict.fromkeys(fitted.notes)
         tokens = sum(example.tokens for example in data.examples)
         return fitted.report(len(data.examples), {"tokens": tokens, "left_out_truncated": data.truncated})

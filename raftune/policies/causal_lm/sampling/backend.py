@@ -22,7 +22,7 @@ from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCom
 from raftune.policies.causal_lm.loading import base_of, context, evaluating
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.hf_generate import hf_generate, is_recurrent
-from raftune.policies.causal_lm.sampling.parity import COPIES, ParityProbe, TokenReplay, measure, rows_of_prompts
+from raftune.policies.causal_lm.sampling.parity import COPIES, TokenReplay
 from raftune.policies.causal_lm.sampling.shared_prefix import (
     UnsupportedAttentionError,
     generate_shared_prefix,
@@ -34,6 +34,7 @@ from raftune.policies.causal_lm.sampling.token_choice import (
     GeneratedCompletion,
     SamplingParams,
 )
+from raftune.policies.causal_lm.weight_probe import WeightProbe, measure, rows_of_prompts
 from raftune.protocols import GenerationRequest, SamplingBackend
 from raftune.sanitize import first_line
 from raftune.store import partial as unfinished
@@ -182,7 +183,7 @@ def choose_backend(
     return replace(choice, way=way, why=why)
 
 
-def replay(path: BackendName, model: nn.Module, probe: ParityProbe, settings: SamplingParams) -> list[list[float]]:
+def replay(path: BackendName, model: nn.Module, probe: WeightProbe, settings: SamplingParams) -> list[list[float]]:
     """The log-probs of the probe's completions, as this backend records them."""
     batch = TokenReplay(probe, settings.pad_id, min(settings.batch_size, COPIES * len(probe.prompts)))
     with unfinished.outside():
@@ -193,7 +194,7 @@ def replay(path: BackendName, model: nn.Module, probe: ParityProbe, settings: Sa
 def _fault(
     path: BackendName | Literal["scoring"],
     model: nn.Module,
-    probe: ParityProbe,
+    probe: WeightProbe,
     settings: SamplingParams,
     distances: dict[str, float],
 ) -> str:

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from raftune.policies.causal_lm.sampling.backend import choose_backend
-from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
+from raftune.policies.causal_lm.weight_probe import rows_of_prompts
 
 VOCABULARY = 97
 CONTEXT = 128

@@ -13,8 +13,8 @@ from raftune.config.policy import AdapterConfig
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion
 from raftune.policies.causal_lm.loading import fresh_adapter, merged
 from raftune.policies.causal_lm.sampling.backend import choose_backend, generate
-from raftune.policies.causal_lm.sampling.parity import plain_log_probs, rows_of_prompts
 from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
+from raftune.policies.causal_lm.weight_probe import plain_log_probs, rows_of_prompts
 
 SETTINGS = SamplingParams(max_completion_length=8, eos_ids=(2,))
 USUAL = {

@@ -18,16 +18,16 @@ from raftune.policies.causal_lm import CausalLM, loading
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion
 from raftune.policies.causal_lm.loading import fresh_adapter
 from raftune.policies.causal_lm.sampling.backend import choose_backend, generate, replay
-from raftune.policies.causal_lm.sampling.parity import (
+from raftune.policies.causal_lm.sampling.parity import check_parity
+from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
+from raftune.policies.causal_lm.weight_probe import (
     adapter_survives_merging,
-    check_parity,
     measure,
     plain_log_probs,
     probe_of_fit,
     read_probe,
     rows_of_prompts,
 )
-from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
 from raftune.stages.parity import generation_words
 from raftune.store import partial
 from tests.builders import chunk_of, parts, save_tiny, tiny_llama, write_rows
@@ -139,7 +139,7 @@ def adapted(std: float) -> Any:
 def test_an_adapter_is_merged_into_16_bit_weights_where_these_can_hold_it(std: float, survives: bool) -> None:
     assert adapter_survives_merging(adapted(std)) is survives
     rows = rows_of_prompts(prompts(12, 7))
-    assert probe_of_fit(adapted(std), rows, 0).merge is survives
+    assert probe_of_fit(adapted(std), rows, None, 0).merge is survives
 
 
 def test_noise_of_16_bit_batches_is_no_mismatch_and_another_adapter_is_one() -> None:

@@ -20,9 +20,9 @@ from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.loading import fresh_adapter
 from raftune.policies.causal_lm.sampling import shared_prefix
 from raftune.policies.causal_lm.sampling.backend import choose_backend
-from raftune.policies.causal_lm.sampling.parity import rows_of_prompts
 from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
 from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
+from raftune.policies.causal_lm.weight_probe import rows_of_prompts
 from raftune.records import samples_table
 from tests.builders import chunk_of, parts, save_tiny
 
