@@ -160,7 +160,8 @@ class RunReader:
         if not self.has(round_, stage):
             return []
         commit, folder = self.commits.get((round_, stage)), self.run.folder(round_, stage)
-        names = [path.name for path in folder.glob("chunk-*") if commit is None or path.name in commit.files]
+        listed = (path.name for path in folder.glob("chunk-*")) if commit is None else commit.files
+        names = [name for name in listed if (folder / name).is_file()]
         return sorted(int(match[1]) for name in names if (match := _CHUNK.fullmatch(name)))
 
     def verdicts(self, round_: int, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:

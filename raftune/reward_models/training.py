@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def train_reward_model(
             publish_directory(candidate, model)
         if model.is_dir():
             discard(root / "work", run.tmp)  # a kill may have come between the model and this
-        run.tmp.rmdir()
+        shutil.rmtree(run.tmp)
     return RewardTrainingOutcome(root, report, model.is_dir(), worked)
 
 

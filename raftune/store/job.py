@@ -108,16 +108,24 @@ def run_once(job: StageJob, stage: SingleStage) -> tuple[str, ...]:
 
 
 def run_chunk(job: StageJob, stage: ChunkedStage, index: int) -> JournalEntry:
-    """Runs and publishes one chunk; out of memory, it records half the batch size and tries again."""
-    final, revision = job.folder / chunk_file(index), job.folder / batch_file(index)
+    """Runs and publishes one chunk; out of memory, it records half the batch size and tries again.
+
+    Raises RunInUse, and publishes nothing, if another process has taken the run meanwhile.
+    """
+    final, revision, tmp = job.folder / chunk_file(index), job.folder / batch_file(index), job.run.chunk_tmp
+
+    def publish(staged: Path, final: Path) -> None:
+        job.run.check_holder()
+        publish_unsealed(staged, final)
+
     started = time.perf_counter()
     notes: tuple[str, ...] = ()
     while True:
         metadata = _revised(revision, job.key)
         try:
             with (
-                unfinished_work(job.folder, job.run.tmp, f"{index:05d}", job.key, metadata),
-                stage_file(job.run.tmp, final, publish_unsealed) as staged,
+                unfinished_work(job.folder, tmp, f"{index:05d}", job.key, metadata, job.run.check_holder),
+                stage_file(tmp, final, publish) as staged,
             ):
                 notes += stage.run_chunk(job.inputs, index, staged, metadata)
                 raise_if_asked()
@@ -128,7 +136,8 @@ def run_chunk(job: StageJob, stage: ChunkedStage, index: int) -> JournalEntry:
             if error.batch_size <= 1:
                 raise
             size = error.batch_size // 2
-            write_json(job.run.tmp, revision, {"batch_size": size, "key": job.key})
+            job.run.check_holder()
+            write_json(tmp, revision, {"batch_size": size, "key": job.key})
             notes += (f"chunk {index}: out of memory at batch {error.batch_size}; generated again at {size}",)
 
 

@@ -53,10 +53,20 @@ class SavePace:
 
 
 class PartialWork:
-    """The unfinished work of one chunk. Without a folder nothing is found and nothing is saved."""
+    """The unfinished work of one chunk. Without a folder nothing is found and nothing is saved.
 
-    def __init__(self, folder: Path | None = None, tmp: Path | None = None, name: str = "", key: str = "") -> None:
-        self.folder, self.tmp, self.name, self.key = folder, tmp, name, key
+    `check` is called before a state is saved, and raises where nothing may be written any more.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        tmp: Path | None = None,
+        name: str = "",
+        key: str = "",
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.tmp, self.name, self.key, self.check = folder, tmp, name, key, check
         self.prefix = f"_part-{name}-{sha256_hex([f'{VERSION} {key}'])[:16]}-"
         self.pace = SavePace()
 
@@ -102,6 +112,7 @@ class PartialWork:
         try:
             write(staged)
             sync(staged)
+            self.check()
             ensure_folder(self.folder)
             size, final = staged.stat().st_size, self.folder / f"{self.prefix}{sha256_of(staged)}"
             staged.replace(final)
@@ -121,7 +132,9 @@ _current: ContextVar[PartialWork | None] = ContextVar("_current", default=None)
 def current(kind: str) -> PartialWork:
     """The unfinished work, of this kind, of the chunk that runs now; outside of a chunk one that saves nothing."""
     chunk = _current.get()
-    return PartialWork() if chunk is None else PartialWork(chunk.folder, chunk.tmp, f"{chunk.name}-{kind}", chunk.key)
+    if chunk is None:
+        return PartialWork()
+    return PartialWork(chunk.folder, chunk.tmp, f"{chunk.name}-{kind}", chunk.key, chunk.check)
 
 
 @contextlib.contextmanager
@@ -139,9 +152,16 @@ def outside() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def unfinished_work(folder: Path, tmp: Path, chunk: str, key: str, metadata: Mapping[str, str]) -> Iterator[None]:
+def unfinished_work(
+    folder: Path,
+    tmp: Path,
+    chunk: str,
+    key: str,
+    metadata: Mapping[str, str],
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
     """Inside the block, `current()` is the work of this chunk; once it succeeds, its saved states are deleted."""
-    with _set_current(PartialWork(folder, tmp, chunk, json.dumps([key, dict(metadata)], sort_keys=True))):
+    with _set_current(PartialWork(folder, tmp, chunk, json.dumps([key, dict(metadata)], sort_keys=True), check)):
         yield
     for path in folder.glob(f"_part-{chunk}-*"):
         path.unlink(missing_ok=True)

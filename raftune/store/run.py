@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ CONFIG, YAML = RUN_CONFIG, "config.yaml"
 RECORD = "raftune"  # the key in the configuration on disk of what is recorded beside its sections
 AGAIN = "again"  # the folder of the scores that `--only` keeps while their stages are redone
 DROPPED = MARKER
+_HELD = "held"  # the file in the folder of the lock's holder that exists for as long as it holds the lock
 _TAIL = 1 << 16  # bytes at the end of the event log that hold the last event
 
 
@@ -86,6 +88,7 @@ class RunFolder:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         self.tmp = self.root / "tmp"
+        self.holder: str | None = None  # the holder of the lock that this process works for, itself or another
         self.events = EventLog(self.root / "events.jsonl")
 
     def folder(self, round_: int, name: str) -> Path:
@@ -305,11 +308,11 @@ class RunFolder:
         """Deletes what an interrupted stage left in its folder."""
         discard(self.folder(round_, name), self.tmp)
 
-    # -- the lock ---------------------------------------------------------------------------------------------------
+    # -- the lock and its holder ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process, and empties tmp/.
+        """Holds the run for this process, and empties tmp/; from then on workers of an earlier holder publish nothing.
 
         Raises RunInUse, and StoreError where the directory cannot be written, also later while it is held.
         """
@@ -325,11 +328,36 @@ class RunFolder:
                     f"{self.root} is in use by another process. Wait for it to end, or choose another output_dir."
                 ) from error
             try:
+                for folder in self.tmp.glob("holder-*"):  # at once: a worker may be writing in it
+                    folder.rename(self.tmp / uuid.uuid4().hex)
                 shutil.rmtree(self.tmp, ignore_errors=True)
-                self.tmp.mkdir(exist_ok=True)
+                self.holder = f"holder-{uuid.uuid4().hex}"
+                self.chunk_tmp.mkdir(parents=True)
+                (self.chunk_tmp / _HELD).touch()
                 yield
             finally:
+                shutil.rmtree(self.chunk_tmp, ignore_errors=True)
+                self.holder = None
                 lock.release()
+
+    @property
+    def chunk_tmp(self) -> Path:
+        """Where chunks are written before they are published: the holder's own folder, which ends with its lock."""
+        return self.tmp if self.holder is None else self.tmp / self.holder
+
+    def check_holder(self) -> None:
+        """Raises RunInUse if the holder that this process works for has lost the lock.
+
+        A file in `chunk_tmp` cannot be published after that either: the next holder moves the folder away first.
+        """
+        if self.holder is not None:
+            try:
+                (self.chunk_tmp / _HELD).open().close()  # on a network file system, opening asks the server
+            except OSError as error:
+                raise RunInUse(
+                    f"{self.root} is no longer held by the process that this worker was started for. Nothing was "
+                    "published; the process that holds the run now does the work."
+                ) from error
 
 
 def holds_files(folder: Path) -> bool:
