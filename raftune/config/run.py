@@ -35,8 +35,12 @@ class EngineConfig(ConfigSection):
 
     shorthand: ClassVar[str] = "kind"
     kind: str = Field("local", pattern=f"^local$|{SPEC}")
-    """local (this process, or `workers` processes), or a custom engine (file.py:NAME)."""
-    workers: int = Field(1, ge=1, description="Processes that generate and score; 1: this process only.")
+    """local (this process, or `workers` processes), or a custom engine: file.py:NAME."""
+    workers: int = Field(1, ge=1, description="Processes that generate and score; 1: this process only, if local.")
+    launch: tuple[str, ...] = ()
+    """Command that runs a local worker's own command, such as [srun, -n1, --gpus=1]; {slot} is the worker's number."""
+    start_timeout: float | None = Field(600.0, gt=0)
+    """Seconds to wait for the first worker, which may be in a queue. none waits for good."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads per process for tensor arithmetic on the CPU."""
     max_retries: int = Field(2, ge=0, description="Retries of a chunk that crashed its worker.")
@@ -45,6 +49,14 @@ class EngineConfig(ConfigSection):
     chunk_timeout: float | None = Field(None, gt=0)
     """Seconds after which a chunk in a worker counts as crashed."""
     options: dict[str, Any] = Field(default_factory=dict, description="Options of a custom engine.")
+
+    @model_validator(mode="after")
+    def _fields_belong_to_the_kind(self) -> EngineConfig:
+        if self.launch and self.kind != "local":
+            raise ValueError(
+                f"engine.launch is for engine.kind: local; got {self.launch!r} with {self.kind!r}. Leave it out."
+            )
+        return self
 
     @model_validator(mode="after")
     def _options_have_an_engine(self) -> EngineConfig:

@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import os
 import select
+import shlex
 import signal
 import struct
 import subprocess
@@ -19,7 +20,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,6 +31,7 @@ CHECKED = HEAD.size - 4
 POLL_MS = 100  # how soon the end of the other process is noticed if something else holds its pipes open
 MARK = "RAFTUNE_PROCESS"  # environment variable by which processes that left the group are found
 CLOSING_SECONDS = 2.0  # between the end of a process's channel and its own
+LONGEST_BANNER = 1 << 20  # bytes that a launcher may print before the child's first words
 LOWEST_DESCRIPTOR = 100  # beyond those that code which closes or reuses descriptors by number usually touches
 FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 LIMITS = {signal.SIGXCPU, signal.SIGXFSZ}
@@ -76,6 +78,15 @@ class Channel:
             raise InvalidFrame
         return payload
 
+    def skip_to(self, greeting: bytes) -> bytes:
+        """What was written before these bytes, which are read too. Raises EOFError, and InvalidFrame after 1 MiB."""
+        data = b""
+        while not data.endswith(greeting):
+            if len(data) > LONGEST_BANNER:
+                raise InvalidFrame
+            data += self._read(1)
+        return data.removesuffix(greeting)
+
     def close(self) -> None:
         """Closes the descriptors once; later calls do nothing, since the numbers may be reused by then."""
         if not self._closed:
@@ -108,13 +119,22 @@ class Channel:
 class ChildProcess:
     """`python -m MODULE *arguments IN OUT` in its own session, so that a Ctrl-C in the terminal does not reach it.
 
-    Output goes to the log file, or to our standard error. Raises OSError if it cannot be started.
+    Output goes to the log file, or to our standard error. `launch` is a command that runs the one that follows it,
+    perhaps elsewhere (srun, ssh, a container), and passes standard input and output: then these are the channel.
+    Raises OSError if it cannot be started.
     """
 
     def __init__(
-        self, module: str, *arguments: str, log: Path | None = None, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        *arguments: str,
+        log: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        launch: Sequence[str] = (),
     ) -> None:
         self.mark = uuid.uuid4().hex
+        self.log = log
+        self._greeting = greeting_of(self.mark) if launch else b""  # what is still to be read before the first reply
         self.busy_since: float | None = None
         self._number = 0
         self._reason = ""
@@ -123,6 +143,7 @@ class ChildProcess:
         root = str(Path(__file__).resolve().parents[2])
         paths = [] if root == sysconfig.get_paths()["purelib"] else [root, os.environ.get("PYTHONPATH", "")]
         path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} if paths else {}
+        added = {**path, **(environment or {}), MARK: self.mark}
         opened: list[int] = []
         try:
             for _ in range(2):
@@ -134,13 +155,21 @@ class ChildProcess:
             else:
                 output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
                 opened.append(output)
+            ends = ("0", "1") if launch else (str(requests), str(replies))
+            command = [sys.executable, "-m", module, *arguments, *ends]
+            if launch:
+                search = [path.get("PYTHONPATH") or os.environ.get("PYTHONPATH", ""), str(Path.cwd())]
+                variables = {**added, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+                command = ["env", *(f"{name}={value}" for name, value in variables.items()), *command]
+                if Path(launch[0]).name == "ssh":  # the shell at the other end splits what ssh joins
+                    command = [shlex.quote(word) for word in command]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments, str(requests), str(replies)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
+                [*launch, *command],
+                stdin=requests if launch else subprocess.DEVNULL,
+                stdout=replies if launch else output,
                 stderr=output,
-                pass_fds=(requests, replies),
-                env={**os.environ, **path, **(environment or {}), MARK: self.mark},
+                pass_fds=() if launch else (requests, replies),
+                env={**os.environ, **added},
                 start_new_session=True,
             )
         except BaseException:
@@ -169,6 +198,12 @@ class ChildProcess:
         self.busy_since = time.monotonic()
         try:
             self.channel.send(number, request)
+            if self._greeting:
+                banner = self.channel.skip_to(self._greeting)
+                self._greeting = b""
+                if self.log is not None and banner:
+                    with self.log.open("ab") as file:
+                        file.write(banner)
             return self.channel.receive(number)
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -212,6 +247,11 @@ class ChildProcess:
         except ValueError:
             name = ""
         return ProcessDied(f"was ended by signal {-code}{name}", own=-code in FAULTS | LIMITS)
+
+
+def greeting_of(mark: str) -> bytes:
+    """What a child whose channel is its standard output writes there first, after what its launcher wrote."""
+    return f"\nraftune:{mark}\n".encode()
 
 
 def open_pipe() -> tuple[int, int]:
@@ -289,7 +329,12 @@ def serve(
 
     When it closes, the process ends with all that it started; if it is between two requests, `before_end` is called.
     """
+    standard = sys.argv[-2:] == ["0", "1"]
     inbox, outbox = (move_high(int(descriptor)) for descriptor in sys.argv[-2:])
+    if standard:  # nothing else may read the one, and what is printed goes to the log
+        assert os.open(os.devnull, os.O_RDONLY) == 0
+        os.dup2(2, 1)
+        os.write(outbox, greeting_of(os.environ.get(MARK, "")))
     channel = Channel(inbox, outbox)
     os.register_at_fork(after_in_child=channel.close)
     requests: SimpleQueue[bytes] = SimpleQueue()

@@ -7,19 +7,25 @@ outlives its run. It holds no lock.
 from __future__ import annotations
 
 import json
+import platform
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from raftune.engines.local import FINAL
+from raftune.engines.pool import FINAL, versions
 from raftune.engines.process import serve
-from raftune.errors import OutOfMemory
+from raftune.errors import EngineError, OutOfMemory
 from raftune.protocols import ChunkedStage
 from raftune.runtime.assembly import Runtime, open_runtime
 from raftune.store.files import explaining
 from raftune.store.job import StageJob, run_chunk
+from raftune.store.run import RunFolder
+
+PATIENCE = 10.0  # seconds in which a network file system shows what another machine wrote
 
 
 def main() -> None:
@@ -45,7 +51,10 @@ class WorkerServer:
                 if self.runtime is not None:
                     self.runtime.policies.release()
                 return {}
+            if "start" in request:
+                return self.start(**request["start"])
             job = self.job(request["round"], request["stage"], request["key"])
+            job.run.holder = request["holder"]
             assert isinstance(job.stage, ChunkedStage)
             with explaining(job.run.root):
                 return {"entry": asdict(run_chunk(job, job.stage, request["chunk"]))}
@@ -53,6 +62,16 @@ class WorkerServer:
             traceback.print_exc()
             size = {"batch_size": error.batch_size} if isinstance(error, OutOfMemory) else {}
             return {"kind": type(error).__name__, "error": str(error), "final": isinstance(error, FINAL), **size}
+
+    def start(self, holder: str | None, host: str, versions: dict[str, str]) -> dict[str, Any]:
+        """The host and the device on which this worker runs chunks of the lock's holder on `host`.
+
+        Raises EngineError where it does not see the run, or has other versions than that process.
+        """
+        check_run_is_visible(self.root, holder, host)
+        check_versions(versions)
+        self.runtime = open_runtime(self.root)
+        return {"host": platform.node(), "device": device_name()}
 
     def job(self, round_: int, name: str, key: str) -> StageJob:
         """The job with this key; the last one is kept, since a stage has many chunks."""
@@ -67,6 +86,40 @@ class WorkerServer:
         if self.runtime is not None:
             self.runtime.close()
         sys.stdout.flush()
+
+
+def check_run_is_visible(root: str, holder: str | None, host: str) -> None:
+    """Raises EngineError unless the folder that the holder of the run's lock wrote is visible here."""
+    run, end = RunFolder(root), time.monotonic() + PATIENCE
+    run.holder = holder
+    while holder is not None and not run.is_held():
+        if time.monotonic() > end:
+            raise EngineError(
+                f"output_dir must be on a disk that all machines share; {platform.node()} does not see what "
+                f"{host} wrote in {run.root.resolve()}. Put the run on a shared disk, under the same path."
+            )
+        time.sleep(0.2)
+
+
+def check_versions(expected: Mapping[str, str]) -> None:
+    """Raises EngineError where this worker has other versions than the process that runs the loop."""
+    own = versions()
+    if different := [name for name in sorted({*own, *expected}) if own.get(name) != expected.get(name)]:
+        words = ", ".join(f"{n} {own.get(n, 'none')} instead of {expected.get(n, 'none')}" for n in different)
+        raise EngineError(
+            f"workers must have the versions of the process that runs the loop, or their results differ; "
+            f"{platform.node()} has {words}. Install the same ones there."
+        )
+
+
+def device_name() -> str:
+    """The device of this process's models."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return f"CPU {platform.machine()}"
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

@@ -139,6 +139,9 @@ def run_chunk(job: StageJob, stage: ChunkedStage, index: int) -> JournalEntry:
             job.run.check_holder()
             write_json(tmp, revision, {"batch_size": size, "key": job.key})
             notes += (f"chunk {index}: out of memory at batch {error.batch_size}; generated again at {size}",)
+        except OSError:
+            job.run.check_holder()  # the next holder removed the folder in which this was written
+            raise
 
 
 def _revised(revision: Path, key: str) -> dict[str, str]:

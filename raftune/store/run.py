@@ -308,7 +308,7 @@ class RunFolder:
         """Deletes what an interrupted stage left in its folder."""
         discard(self.folder(round_, name), self.tmp)
 
-    # -- the lock and its holder ---------------------------------------------------------------------------------------------------
+    # -- the lock and its holder ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -345,19 +345,24 @@ class RunFolder:
         """Where chunks are written before they are published: the holder's own folder, which ends with its lock."""
         return self.tmp if self.holder is None else self.tmp / self.holder
 
+    def is_held(self) -> bool:
+        """Whether the holder that this process works for still has the lock."""
+        try:
+            (self.chunk_tmp / _HELD).open().close()  # on a network file system, opening asks the server
+        except OSError:
+            return False
+        return True
+
     def check_holder(self) -> None:
         """Raises RunInUse if the holder that this process works for has lost the lock.
 
         A file in `chunk_tmp` cannot be published after that either: the next holder moves the folder away first.
         """
-        if self.holder is not None:
-            try:
-                (self.chunk_tmp / _HELD).open().close()  # on a network file system, opening asks the server
-            except OSError as error:
-                raise RunInUse(
-                    f"{self.root} is no longer held by the process that this worker was started for. Nothing was "
-                    "published; the process that holds the run now does the work."
-                ) from error
+        if self.holder is not None and not self.is_held():
+            raise RunInUse(
+                f"{self.root} is no longer held by the process that this worker was started for. Nothing was "
+                "published: the process that holds the run now does this work."
+            )
 
 
 def holds_files(folder: Path) -> bool:

@@ -20,7 +20,7 @@ ORDERS = "RAFTUNE_TEST_ORDERS"  # not in the configuration, so that what is left
 
 class Crashing(Dressed):
     """Orders name units: kill_always, kill_once, raise_always, hang_always, hang_once, refuse; `marks` is a folder that
-    gets a file for each chunk that is begun."""
+    gets a file for each chunk that is begun, `gate` a file without which none goes on."""
 
     def generate(self, chunk: Chunk) -> list[Sample]:
         orders: dict[str, Any] = json.loads(os.environ.get(ORDERS, "{}"))
@@ -31,6 +31,8 @@ class Crashing(Dressed):
                 first and chunk.index in orders.get(f"{what}_once", ())
             )
 
+        while "gate" in orders and not Path(orders["gate"]).exists():
+            time.sleep(0.02)
         if told("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         if told("hang"):

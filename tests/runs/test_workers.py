@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from raftune.engines.local import InProcessEngine, WorkerPool, WorkerProcess
+from raftune.engines.local import InProcessEngine, LocalProcesses, WorkerProcess
+from raftune.engines.pool import WorkerPool
 from raftune.errors import DataError, EngineError, OutOfMemory
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import resume, run
@@ -238,13 +239,15 @@ def test_a_run_that_is_left_in_the_middle_ends_its_workers(tmp_path: Path, order
 def test_a_worker_that_died_at_rest_is_not_retried(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root, **settings(1)), tiny.objects())
-    engine = WorkerPool(tiny.config(root, **settings(2)).engine, root)
-    engine.processes[0] = worker = WorkerProcess(root, 0, engine.config)
+    config = tiny.config(root, **settings(2)).engine
+    engine = WorkerPool(config, root, LocalProcesses(config, root))
+    engine.workers[0] = worker = WorkerProcess(root, 0, engine.config)
+    engine.ready[0].set_result({})
     engine.rest()
-    assert engine.processes == [worker, None]
+    assert engine.workers == [worker, None]
     os.kill(worker.process.pid, signal.SIGKILL)
     engine.rest()
-    assert engine.processes == [None, None]
+    assert engine.workers == [None, None]
 
 
 def starts_of_chunks(folder: Path) -> dict[int, int]:
