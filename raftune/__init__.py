@@ -5,11 +5,15 @@ raftune.RaftTrainer, RaftConfig     the same loop with TRL's interface
 raftune.raft_iteration              one round on a table of logits
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 from raftune.lazy import exports
 
 __version__ = "0.2.0"
+
+# peft imports bitsandbytes where it is installed, which then warns of a kernel that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from raftune.config import RunConfig

@@ -30,7 +30,7 @@ class CausalLMPolicy(ConfigSection):
     device: str = "auto"
     """auto, cpu, cuda or mps: one device; with several GPUs the first visible one."""
     adapter: AdapterConfig | None = Field(None, description="LoRA; none: all weights are trained.")
-    load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights; needs CUDA, bitsandbytes, an adapter.")
+    load_in_4bit: bool = Field(False, description="QLoRA: 4-bit base weights; needs raftune[qlora], an adapter.")
     attn_implementation: str | None = Field(None, description="As in transformers; None: the model's default.")
     trust_remote_code: bool = Field(False, description="Run code from the model's repository. Read it first.")
     model_init_kwargs: dict[str, Any] = Field(default_factory=dict, description="Further arguments of from_pretrained.")

@@ -48,6 +48,19 @@ def check_finite(model: Any, prefix: str = "") -> None:
             )
 
 
+def rounding_note(config: Any, dtype: str) -> dict[str, None]:
+    """A note where a run trains whole weights of 16 bits, whose steps are rounded to them; else none."""
+    smallest = {"bfloat16": 512, "float16": 4096}.get(dtype)
+    if smallest is None or config.policy.adapter is not None or not getattr(config, "num_rounds", 1):
+        return {}
+    note = (
+        f"policy.dtype is {dtype} and all weights are trained: a step that moves a weight by less than "
+        f"1/{smallest} of it is rounded away. Write dtype: float32 (with training.bf16: true on a GPU), or add "
+        "an adapter"
+    )
+    return {note: None}
+
+
 def sorted_sets(value: Any) -> Any:
     """The value with its sets as sorted lists: their own order depends on the process."""
     if isinstance(value, Mapping):

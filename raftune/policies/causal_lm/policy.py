@@ -35,7 +35,7 @@ from raftune.policies.causal_lm.weight_probe import (
     read_probe,
     rows_of_prompts,
 )
-from raftune.policies.model_files import ADAPTER, REFERENCE, publish_files, read_optimizer
+from raftune.policies.model_files import ADAPTER, REFERENCE, publish_files, read_optimizer, rounding_note
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
 from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
@@ -80,7 +80,10 @@ class CausalLM:
         date = read_date(start) if writes_date(self.tokenizer) else None
         if date is not None:
             self._notes[f"the chat template writes the date: in this run it is always {date}"] = None
-        limit = loading.context(loading.model_config(policy, start))
+        model_config = loading.model_config(policy, start)
+        limit = loading.context(model_config)
+        dtype = policy.dtype if policy.dtype != "auto" else str(model_config.dtype).removeprefix("torch.")
+        self._notes |= rounding_note(config, dtype)
         self.encoder = TextEncoder(self.tokenizer, sampling, limit, self.eos_ids[0], date)
         if (end := self.encoder.turn_end) is not None and end.token_id not in self.eos_ids:
             self.eos_ids = (*self.eos_ids, end.token_id)

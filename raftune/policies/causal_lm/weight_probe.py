@@ -21,7 +21,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, token_log_probs
-from raftune.policies.causal_lm.loading import PROBE, evaluating, merged
+from raftune.policies.causal_lm.loading import PROBE, arithmetic_of, evaluating, merged
 from raftune.store.files import dump_json
 
 ROWS, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 256, 16  # of a probe, at most
@@ -138,7 +138,7 @@ def rows_of_prompts(prompts: Sequence[Sequence[int]]) -> list[TokenizedCompletio
 def measure(model: Any, rows: Sequence[TokenizedCompletion], pad_id: int) -> WeightProbe:
     """The probe of these rows under this model."""
     alone = plain_log_probs(model, rows, pad_id)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = arithmetic_of(model)
     copies = COPIES if dtype in LIMITS else COPIES_IN_HALF
     with evaluating(model):
         together = token_log_probs(CompletionLogits(model), [row for row in rows for _ in range(copies)], pad_id)

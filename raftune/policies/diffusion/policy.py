@@ -17,7 +17,7 @@ from raftune.policies.diffusion.footprint import PipelineSize
 from raftune.policies.diffusion.images import PAYLOAD, encode_image, generate
 from raftune.policies.diffusion.pipelines import adapter_of
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
-from raftune.policies.model_files import check_finite
+from raftune.policies.model_files import check_finite, rounding_note
 from raftune.policies.unsupported import FamilyConfig, all_but, refuse_unused
 from raftune.protocols import Chunk, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample
@@ -43,7 +43,7 @@ class Diffusion:
         self.device = choose_device(config.policy.device)
         self.frozen = loading.load_pipeline(config.policy, start)
         self._sampler: PipelineAdapter | None = None
-        self._notes: dict[str, None] = {}
+        self._notes = rounding_note(config, config.policy.dtype)
 
     @classmethod
     def load(cls, config: FamilyConfig, folder: Path, start: Path) -> Diffusion:

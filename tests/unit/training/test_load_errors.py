@@ -54,10 +54,6 @@ def quantized(**settings: Any) -> Callable[[Path], None]:
         (pointer, r"model\.safetensors is a git-lfs pointer and not the weights\. Run `git lfs pull` in "),
         (pickled, r"its weights \(pytorch_model.bin\) are pickled.* save_pretrained writes safetensors"),
         (quantized(quant_method="gptq", bits=4), "needs the package optimum.* Install optimum"),
-        (
-            quantized(quant_method="bitsandbytes", load_in_4bit=True),
-            "Install bitsandbytes, or name a model that is not",
-        ),
         (quantized(quant_method="awq", bits=4), "Install gptqmodel"),
     ],
 )

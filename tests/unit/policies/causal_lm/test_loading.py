@@ -281,10 +281,32 @@ def test_a_second_gpu_is_refused_with_the_variable_that_makes_it_the_first(
         CausalLM.start(parts(save_tiny(tmp_path / "model"), device="cuda:1"), start_of(tmp_path))
 
 
-def test_four_bits_without_their_means_are_refused(tmp_path: Path) -> None:
+def test_four_bits_without_bitsandbytes_are_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = parts(save_tiny(tmp_path / "model"), lora=True, load_in_4bit=True)
-    with pytest.raises(ConfigError, match=r"policy\.load_in_4bit needs a CUDA device"):
+    with pytest.raises(ConfigError, match=r"policy\.load_in_4bit needs the package bitsandbytes.*raftune\[qlora\]"):
         CausalLM.start(config, start_of(tmp_path))
+
+
+def test_a_model_in_four_bits_counts_its_parameters_as_it_does_in_full(tmp_path: Path) -> None:
+    facts = CausalLM.start(parts(save_tiny(tmp_path / "model"), lora=True, load_in_4bit=True), start_of(tmp_path))
+    assert facts["parameters"] == sum(weight.numel() for weight in tiny_llama().parameters())
+
+
+@pytest.mark.parametrize(
+    "dtype, lora, said", [("bfloat16", False, "1/512"), ("bfloat16", True, ""), ("float32", False, "")]
+)
+def test_whole_weights_in_sixteen_bits_come_with_a_note_on_what_is_rounded_away(
+    tmp_path: Path, dtype: str, lora: bool, said: str
+) -> None:
+    config = parts(save_tiny(tmp_path / "model"), lora=lora, dtype=dtype)
+    CausalLM.start(config, start_of(tmp_path))
+    notes = [
+        note for note in CausalLM.load(config, start_of(tmp_path), start_of(tmp_path)).notes() if "rounded" in note
+    ]
+    assert len(notes) == bool(said) and said in "".join(notes)
 
 
 def test_an_adapter_for_modules_that_are_not_there_is_refused(tmp_path: Path) -> None:
