@@ -486,6 +486,7 @@ def test_a_model_that_always_says_a_gives_ties_and_is_detected(
     assert f"{count} questions ({count} answered from disk)" in printed
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_nothing_of_judging_is_nonsense(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -498,6 +499,7 @@ def test_a_model_that_knows_nothing_of_judging_is_nonsense(
     assert "error:   nonsense: '" in err
 
 
+@pytest.mark.slow
 def test_a_model_that_the_server_does_not_have_is_reported_by_its_status(
     base: Path, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,6 +150,7 @@ def test_to_stop_on_an_alarm_is_decided_again_without_any_work(copied: Path) -> 
     assert "stage_begin" not in seen
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_without_guards_gets_them_and_nothing_else_changes(copied: Path) -> None:
     before, whole = tree_hash(copied), copied.parent / "whole"
     shutil.copytree(copied, whole)

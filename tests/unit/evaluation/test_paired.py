@@ -188,6 +188,7 @@ def test_wins_on_every_prompt_leave_room_for_a_loss_unseen() -> None:
     assert (1 - worst.high) ** 48 == pytest.approx(0.025)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_claim() -> None:
     """A is better by 0.3, prompts differ, four pairs each. 400 trials: 95 % less what the percentile bootstrap lacks at
     40 prompts (about 1 %), and less 5 standard errors of 1.1 %."""

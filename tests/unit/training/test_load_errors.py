@@ -95,6 +95,7 @@ def test_an_adapter_that_cannot_be_a_start_is_refused_with_the_fix(base: Path, t
             CausalLM.start(parts(adapter), tmp_path / f"start-{number}")
 
 
+@pytest.mark.slow
 def test_lora_on_all_linear_layers_leaves_out_routers_that_return_tuples(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     more = {"num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 64}
