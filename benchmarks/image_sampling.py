@@ -79,7 +79,7 @@ def task_of(args: argparse.Namespace, folder: Path) -> Task:
     from diffusers import AutoencoderKL
 
     sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/ is no part of the package
-    from raftune.starters.image.pictures import scenes
+    from raftune.starters.image.images import scenes
     from tools.starters.image.train_policies import untrained_flow, untrained_unet
 
     torch.manual_seed(0)

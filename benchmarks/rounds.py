@@ -221,7 +221,7 @@ def summary(runs: list[dict[str, Any]], marks: list[float]) -> str:
 def overhead(rounds: int) -> dict[str, Any]:
     """Seconds of a round in generation, reward and training, and the rest, with and without report and guards."""
     from raftune.policies.causal_lm import CausalLM
-    from raftune.rewards.panel import RewardSet
+    from raftune.rewards.reward_set import RewardSet
 
     spent = {"generate": 0.0, "reward": 0.0, "train": 0.0}
 

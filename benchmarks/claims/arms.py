@@ -239,7 +239,7 @@ def load(assembly: Any, model: str | Path) -> Any:
 def history(root: Path, sizes: Sizes) -> dict[str, Any]:
     """What the selections kept: the reward of round 1's winners; the share of prompts without kept samples, and which.
 
-    starved_by_domain: of each domain of the generator, how many prompts had no kept samples, and how many there were.
+    empty_by_domain: of each domain of the generator, how many prompts had no kept samples, and how many there were.
     """
     from raftune.starters.text.corpus import read_request
     from raftune.store.parquet import read_table
@@ -254,12 +254,12 @@ def history(root: Path, sizes: Sizes) -> dict[str, Any]:
             request = read_request(row["prompt"])
             assert request is not None, row["prompt"]
             prompts_by_domain[request.domain] += 1
-            if row["prompt_id"] in summary["barren"]:
+            if row["prompt_id"] in summary["empty_prompts"]:
                 empty_prompts[request.domain] += 1
                 examples.append(request.text)
     by_domain = {domain: [empty_prompts[domain], prompts_by_domain[domain]] for domain in sorted(prompts_by_domain)}
     share = empty_prompts.total() / prompts_by_domain.total()
-    return {"initial_best": first, "starved": share, "starved_by_domain": by_domain, "starved_prompts": examples[:3]}
+    return {"initial_best": first, "empty": share, "empty_by_domain": by_domain, "empty_prompts": examples[:3]}
 
 
 # -- the models to begin from ------------------------------------------------------------------------------------------

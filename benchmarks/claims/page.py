@@ -83,21 +83,21 @@ def section(number: int, claim: Claim, found: list[Verdict], results: Results, s
         paper = f"the paper: {contrast.paper}" if contrast.paper else "the paper has no figure"
         measured = f"{contrast.words} ({NAMES[contrast.measure]}) {in_words(said)}; by seed {each}; {paper}"
         lines.append(f"- **{said.word}**: {measured}.")
-    if claim.starving:
-        lines += ["", starved_words(label(claim, claim.starving), [results[claim.starving, s] for s in seeds])]
+    if claim.empty_arm:
+        lines += ["", empty_words(label(claim, claim.empty_arm), [results[claim.empty_arm, s] for s in seeds])]
     return [*lines, *(["", claim.note] if claim.note else []), ""]
 
 
-def starved_words(name: str, found: Sequence[Result]) -> str:
+def empty_words(name: str, found: Sequence[Result]) -> str:
     """Which prompts had no kept samples, by kind of request over all seeds, the worst first; and some of them."""
     totals: dict[str, list[int]] = {}
     for result in found:
-        for domain, (empty_prompts, count) in result["starved_by_domain"].items():
+        for domain, (empty_prompts, count) in result["empty_by_domain"].items():
             before = totals.get(domain, [0, 0])
             totals[domain] = [before[0] + empty_prompts, before[1] + count]
     order = sorted(totals, key=lambda domain: -totals[domain][0] / totals[domain][1])
     kinds = ", ".join(f"{domain} {totals[domain][0]} of {totals[domain][1]}" for domain in order)
-    examples = "; ".join(f"“{text}”" for result in found for text in result["starved_prompts"][:2])
+    examples = "; ".join(f"“{text}”" for result in found for text in result["empty_prompts"][:2])
     return f"Prompts without kept samples under {name} ranking, by kind of request: {kinds}. For example: {examples}."
 
 

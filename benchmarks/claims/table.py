@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Result = Mapping[str, Any]  # numbers by their names in NAMES, and which prompts starved
+Result = Mapping[str, Any]  # numbers by their names in NAMES, and which prompts yield nothing
 Results = Mapping[tuple[str, int], Result]  # by arm and seed
 
 NAMES = {
@@ -18,7 +18,7 @@ NAMES = {
     "distinct_2": "distinct-2",
     "msttr_100": "MSTTR-100",
     "length": "length",
-    "starved": "starved",
+    "empty": "empty",
     "initial_best": "initial best of K",
 }
 MEASURES = ("reward", "judge", "kl", "distinct_2", "msttr_100", "length")
@@ -58,7 +58,7 @@ class Claim:
     shown: tuple[str, ...] = ("reward", "judge")
     extra: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
-    starving: str = ""  # the arm whose starved prompts are shown
+    empty_arm: str = ""  # the arm whose empty prompts are shown
     note: str = ""
 
 
@@ -125,14 +125,14 @@ CLAIMS = (
         "Local against global ranking",
         ("k8", "global"),
         (
-            minus("global ranking starves more prompts", "starved", "global", "k8", None),
+            minus("global ranking leaves more prompts without a sample", "empty", "global", "k8", None),
             minus("local ranking ends higher by the judge", "judge", "k8", "global", None),
         ),
-        shown=("judge", "starved"),
-        extra=("starved",),
+        shown=("judge", "empty"),
+        extra=("empty",),
         labels={"k8": "local"},
-        starving="global",
-        note="Local ranking keeps the best of 8 of each prompt; global the best eighth of all. Starved: the "
+        empty_arm="global",
+        note="Local ranking keeps the best of 8 of each prompt; global the best eighth of all. Empty: the "
         "share of a round's prompts that yield nothing.",
     ),
     Claim(

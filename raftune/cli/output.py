@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -29,6 +31,11 @@ class OutputConsole(Console):
 def out() -> Console:
     """The console for results: no markup, no highlighting; lines stay whole unless it is a terminal."""
     return OutputConsole(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """The row as JSON; null stands for a number that is not finite, which JSON has not."""
+    return json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None), ensure_ascii=False)
 
 
 def echo(*lines: str, style: str = "") -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Self
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -13,6 +15,8 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
@@ -29,6 +33,13 @@ def _describe_input(schema: dict[str, Any], section: type[Any]) -> None:
     if section.shorthand:
         text = {rule: value for rule, value in fields[section.shorthand].items() if rule in ("pattern", "minLength")}
         schema |= {"type": ["object", "string"], **text}
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation allows, without those of the items of a list."""
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*(_kinds(argument) for argument in get_args(annotation)))
+    return _kinds(get_args(annotation)[0]) if get_origin(annotation) is Annotated else {annotation}
 
 
 class ConfigSection(BaseModel):
@@ -56,6 +67,21 @@ class ConfigSection(BaseModel):
     @classmethod
     def _text_is_one_field(cls, value: Any) -> Any:
         return {cls.shorthand: value} if cls.shorthand and isinstance(value, str) else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true for 1 where a number is due."""
+        if isinstance(value, bool) and cls._takes_numbers_alone(str(info.field_name)):
+            word = str(value).lower()
+            raise ValueError(f"{info.field_name} must be a number; got {word}, which is not one. Write a number.")
+        return value
+
+    @classmethod
+    @cache
+    def _takes_numbers_alone(cls, field: str) -> bool:
+        kinds = _kinds(cls.model_fields[field].annotation)
+        return bool(kinds & {int, float}) and bool not in kinds
 
     @model_validator(mode="after")
     def _integers_have_64_bits(self) -> Self:

@@ -79,7 +79,7 @@ def with_options(cls: type[Any], spec: str, field: str, options: Mapping[str, An
     for name in options:
         if not takes_any and name not in names:
             hint = did_you_mean(name, names, f"it has {', '.join(names)}." if names else "it takes none.")
-            raise ConfigError(f"{field}.{name} is not an option of {spec}; {hint}")
+            raise ConfigError(f"{field}: {spec} has no option {name!r}; {hint}")
     try:
         if issubclass(cls, BaseModel) or dataclasses.is_dataclass(cls):
             return TypeAdapter(cls).validate_python(dict(options))

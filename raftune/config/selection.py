@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from raftune.config.base import ConfigSection, tag_of
 from raftune.config.extensions import SPEC
@@ -170,9 +170,3 @@ AnySelection = Annotated[
 RULES: dict[str, type[SelectionConfig]] = {
     tag.tag: section for section, tag in (get_args(rule) for rule in get_args(get_args(AnySelection)[0]))
 }
-_ADAPTER: TypeAdapter[AnySelection] = TypeAdapter(AnySelection)
-
-
-def selection_config(**fields: Any) -> AnySelection:
-    """The section with these fields. Raises pydantic's ValidationError."""
-    return _ADAPTER.validate_python(fields)

@@ -91,7 +91,7 @@ def forecast(
         contextlib.closing(Runtime(RunFolder(Path(scratch) / "run"), config)) as runtime,
     ):
         preflight(runtime)
-        runtime.panel(), runtime.judge()
+        runtime.rewards(), runtime.held_out_rewards()
         done = rounds_done(root, config)
         trial.tell("reading the prompts, checking the model")
         with trial.paused():  # all prompts are checked, however long that takes
@@ -246,7 +246,7 @@ def amounts(config: RunConfig, train: int, held_out: int) -> RoundAmounts:
     return RoundAmounts(
         rounds=config.num_rounds,
         prompts=prompts,
-        drawn=prompts * sampling.num_generations,
+        generated=prompts * sampling.num_generations,
         competing=prompts * pool,
         kept=kept,
         kept_exact=exact and not filtered and not (rule.skips_equal and pool > 1),

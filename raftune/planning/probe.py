@@ -245,7 +245,7 @@ class Measurements:
         trial.tell("probe: scoring")
         by_id = {prompt.id: prompt for prompt in self.prompts}
         self.owners = owners = [by_id[sample.prompt_id] for sample in generated]
-        result.score, scores = self.time_rewards(self.runtime.panel())
+        result.score, scores = self.time_rewards(self.runtime.rewards())
         failed = [score for score in scores if score.status in FAILED]
         if len(failed) > config.rewards.max_failure_fraction * len(scores):
             example = next(f"{name}: {part.detail}" for name, part in failed[0].parts.items() if part.status in FAILED)
@@ -255,12 +255,12 @@ class Measurements:
                 "`raftune reward check` tells more."
             )
         result.notes += (
-            *self.runtime.panel().notes(),
+            *self.runtime.rewards().notes(),
             *sample_notes(config, samples, scores, complete=self.factor == 1),
         )
         trial.check()
         judged = bool(config.evaluation.reward_funcs)
-        result.judge = self.time_rewards(self.runtime.judge())[0] if judged else LinearTime()
+        result.judge = self.time_rewards(self.runtime.held_out_rewards())[0] if judged else LinearTime()
         trial.check()
 
         if self.factor != 1:
@@ -486,7 +486,7 @@ def seconds_by_stage(result: ProbeResult, planned: RoundAmounts, runtime: Runtim
     config, rounds = runtime.config, planned.rounds
     width = config.sampling.batch_size
     judged = (rounds + 1) * planned.judged
-    batches = rounds * math.ceil(planned.drawn / width) + (rounds + 1) * math.ceil(planned.judged / width)
+    batches = rounds * math.ceil(planned.generated / width) + (rounds + 1) * math.ceil(planned.judged / width)
     kl = config.evaluation.kl and runtime.has_log_probs()
     compared = 2 * judged * kl + 2 * rounds * planned.competing * (config.selection.beta > 0)
     batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps

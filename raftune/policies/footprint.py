@@ -17,13 +17,13 @@ PER_SAMPLE = 200  # identity, scores and verdict
 
 @dataclass(frozen=True)
 class RoundAmounts:
-    """Counts for one round, except `rounds`. `drawn` samples are generated for training, `competing` include those of
+    """Counts for one round, except `rounds`. `generated`: samples for training, `competing` include those of
     other sources, `judged` are generated for evaluation. `kept_exact`: whether `kept` is independent of the scores.
     """
 
     rounds: int
     prompts: int
-    drawn: int
+    generated: int
     competing: int
     kept: int
     kept_exact: bool
@@ -33,7 +33,7 @@ class RoundAmounts:
     @property
     def samples(self) -> int:
         """All samples that the policy generates in the run; the initial model is evaluated as every round is."""
-        return self.rounds * self.drawn + (self.rounds + 1) * self.judged
+        return self.rounds * self.generated + (self.rounds + 1) * self.judged
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Footprint:
     def sample_bytes(self, config: RunConfig, planned: RoundAmounts, sample: float | None) -> tuple[int, int]:
         """Bytes on disk of all samples of the run, and of their latents; `sample`: measured bytes of one."""
         content = PER_TOKEN if sample is None else sample
-        total = planned.samples + planned.rounds * (planned.competing - planned.drawn)
+        total = planned.samples + planned.rounds * (planned.competing - planned.generated)
         return int(total * (content + PER_SAMPLE)), 0
 
     def disk(

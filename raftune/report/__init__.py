@@ -12,7 +12,7 @@ from raftune.config.run import RunConfig
 from raftune.errors import StoreError
 from raftune.protocols import Callback
 from raftune.report.collect import ReportData, collect
-from raftune.report.pictures import EmbeddedImage
+from raftune.report.images import EmbeddedImage
 from raftune.sanitize import first_line
 from raftune.store.files import explaining, stage_file
 

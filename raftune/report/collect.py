@@ -6,7 +6,6 @@ Committed files are read chunk by chunk, so memory grows with the page and not w
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from raftune.config.load import validate
 from raftune.config.run import RunConfig, held_out_names
 from raftune.errors import RaftuneError
 from raftune.records import Row
-from raftune.report.pictures import EmbeddedImage, ImageSet
+from raftune.report.images import EmbeddedImage, ImageSet
 from raftune.report.reading import RunReader
 from raftune.report.samples import compared, finite, learned, prompts
 from raftune.results.status import in_use
-from raftune.results.summary import ends_of, row_of
+from raftune.results.summary import ends_of, row_of, seconds_by_stage
 from raftune.sanitize import counted, first_line
 from raftune.store.kinds import is_evaluation
 from raftune.store.run import RunFolder
@@ -209,7 +208,7 @@ def point(x: int, value: Any) -> ChartPoint | None:
 
 def rows_of(reader: RunReader) -> list[Row]:
     """One row for each round that was evaluated, or trained where evaluation is off: as `raftune runs` sees them."""
-    spent, _ = seconds_by_stage(reader)
+    spent = seconds_by_stage(reader.events)
     rows = []
     for round_ in sorted({*reader.rounds("evaluate"), *reader.rounds("model")}):
         metrics = reader.json(round_, "evaluate", "metrics.json")
@@ -222,18 +221,6 @@ def rows_of(reader: RunReader) -> list[Row]:
         if reader.has(round_, "evaluate") or round_ not in reader.rounds("evaluate"):
             rows.append({name: number for name, number in row.items() if isinstance(number, int | float)})
     return rows
-
-
-def seconds_by_stage(reader: RunReader) -> tuple[dict[int, dict[str, float]], list[str]]:
-    """The seconds of each round's stages over all sessions, and the stages in the order in which they came."""
-    spent: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
-    order: dict[str, None] = {}
-    for event in reader.events:
-        timed = isinstance(event.get("round"), int) and finite(event.get("seconds")) is not None
-        if event["event"] == "stage_end" and "stage" in event and timed:
-            spent[event["round"]][str(event["stage"])] += event["seconds"]
-            order.setdefault(str(event["stage"]))
-    return {round_: dict(stages) for round_, stages in spent.items()}, list(order)
 
 
 def by_round(

@@ -24,10 +24,10 @@ from raftune.report.charts import (
     line_chart,
 )
 from raftune.report.charts import numbers as number_table
-from raftune.report.collect import ChartPoint, Points, ReportData, best_of, by_round, curve, number, seconds_by_stage
+from raftune.report.collect import ChartPoint, Points, ReportData, best_of, by_round, curve, number
 from raftune.report.page import render
 from raftune.report.provenance import generation
-from raftune.results.summary import cell, columns_for
+from raftune.results.summary import cell, columns_for, seconds_by_stage
 from raftune.sanitize import percent
 
 # Of a line of a chart in overview.html: its name, its source (see `points_of`), its colour, and its meaning where the
@@ -144,7 +144,7 @@ def points_of(data: ReportData, source: str) -> Points:
     if kind == "seconds":
         seconds = {
             round_: [value for stage, value in stages.items() if stage.split()[0] in SPENT[name]]
-            for round_, stages in seconds_by_stage(data.reader)[0].items()
+            for round_, stages in seconds_by_stage(data.reader.events).items()
         }
         return {round_: ChartPoint(round_, sum(values)) for round_, values in seconds.items() if values}
     if source.endswith("best_of_k"):

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raftune.config.secrets import redacted
-from raftune.report.collect import ReportData, number, seconds_by_stage
+from raftune.report.collect import ReportData, number
 from raftune.report.page import render
 from raftune.report.reading import RunReader
+from raftune.results.summary import seconds_by_stage
 from raftune.sanitize import duration
 from raftune.stages.parity import generation_words
 
@@ -31,7 +32,8 @@ def configuration(data: ReportData) -> Markup:
     versions = [(name, recorded[name]) for name in ("python", "platform") if name in recorded]
     versions += sorted(libraries.items()) if isinstance(libraries, Mapping) else []
 
-    spent, order = seconds_by_stage(data.reader)
+    spent = seconds_by_stage(data.reader.events)
+    order = list(dict.fromkeys(stage for seconds in spent.values() for stage in seconds))
     times = []
     for round_, seconds in sorted(spent.items()):
         cells = [number(seconds[stage]) if stage in seconds else "" for stage in order]

@@ -24,6 +24,8 @@ from raftune.store.run import CONFIG, RunFolder
 _CHUNK = re.compile(r"chunk-(\d{5,})\.parquet")
 CHUNKS = "raftune.units"  # in the metadata of verdicts.parquet: the chunk of each of its row groups
 
+TIMED = ("stage_begin", "stage_end", "stage_stop", "chunk", "end")  # events that a page reads
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class StageFile:
@@ -210,10 +212,10 @@ class RunReader:
             return {}
 
     def _read_events(self) -> Iterator[dict[str, Any]]:
-        """The ends of stages and of the run, which is all that a report needs of the record of times."""
+        """The times of stages and the end of the run, which is all that a report needs of the record."""
         try:
             for event in self.run.events:
-                if isinstance(event, dict) and event.get("event") in ("stage_end", "end"):
+                if isinstance(event, dict) and event.get("event") in TIMED:
                     yield event
         except OSError as error:
             self.note("the run", f"events.jsonl cannot be read: {first_line(error)}")

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raftune.records import Row
-from raftune.report.pictures import PICTURE, ImageSet
+from raftune.report.images import PICTURE, ImageSet
 from raftune.report.reading import RunReader, StageFile
 from raftune.store.layout import chunk_file
 
@@ -220,7 +220,7 @@ def prompt_items(reader: RunReader, chosen: list[PromptGroup]) -> list[dict[str,
         verdicts: dict[str, Row] = {}
         for _, table in reader.verdicts(round_, VERDICT):
             verdicts |= rows_by_sample(table, set().union(*chunks.values()))
-        reasons[round_] = reader.json(round_, "select", "summary.json").get("barren")
+        reasons[round_] = reader.json(round_, "select", "summary.json").get("empty_prompts")
         for chunk, prompt_ids in sorted(chunks.items()):
             scores = rows_by_sample(reader.chunk(round_, "score", chunk), prompt_ids)
             stages = ("generate", "teach")

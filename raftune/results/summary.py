@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,24 +197,32 @@ def with_interval(row: Row) -> str:
 
 
 def seconds_by_round(events: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """The time that each round's stages took, over all the sessions that worked on it.
+    """The time that each round's stages took, over all the sessions that worked on it."""
+    return {round_: sum(stages.values()) for round_, stages in seconds_by_stage(events).items()}
+
+
+def seconds_by_stage(events: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """The time that each stage of each round took, over all sessions, in the order in which they came.
 
     A session that was interrupted says how long it was at a stage; one that was killed left the times of its chunks.
     """
-    total: defaultdict[int, float] = defaultdict(float)
-    chunks: list[tuple[int, float]] = []  # of an attempt at a stage of which no end is known yet
+    total: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    chunks: list[tuple[int, str, float]] = []  # of an attempt at a stage of which no end is known yet
     for event in events:
-        kind = event.get("event")
-        if kind == "chunk":
-            chunks.append((int(event["round"]), float(event["seconds"])))
-        elif kind in ("stage_end", "stage_stop"):
-            total[int(event["round"])] += float(event["seconds"])
+        kind, round_, stage, seconds = (event.get(name) for name in ("event", "round", "stage", "seconds"))
+        if kind == "stage_begin":
+            for number, name, spent in chunks:
+                total[number][name] += spent
             chunks.clear()
-        elif kind == "stage_begin":
-            for round_, seconds in chunks:
-                total[round_] += seconds
-            chunks.clear()
-    return dict(total)
+        elif isinstance(round_, int) and isinstance(stage, str) and isinstance(seconds, int | float):
+            if not math.isfinite(seconds):
+                continue
+            if kind == "chunk":
+                chunks.append((round_, stage, float(seconds)))
+            elif kind in ("stage_end", "stage_stop"):
+                total[round_][stage] += float(seconds)
+                chunks.clear()
+    return {round_: dict(stages) for round_, stages in total.items()}
 
 
 # -- an evaluation in words ------------------------------------------------------------------------------------------

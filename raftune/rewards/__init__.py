@@ -7,8 +7,8 @@ from raftune.lazy import exports
 if TYPE_CHECKING:
     from raftune.rewards.batch import RewardBatch
     from raftune.rewards.check import CheckReport, check_reward
-    from raftune.rewards.loading import load_panel, load_reward
-    from raftune.rewards.panel import LoggedExtras, RewardSet
+    from raftune.rewards.loading import load_reward, load_rewards
+    from raftune.rewards.reward_set import LoggedExtras, RewardSet
 
 __all__ = [
     "CheckReport",
@@ -16,8 +16,8 @@ __all__ = [
     "RewardBatch",
     "RewardSet",
     "check_reward",
-    "load_panel",
     "load_reward",
+    "load_rewards",
 ]
 
 # On first use: a reward's own process starts in half the time without the rest.
@@ -27,9 +27,9 @@ __getattr__ = exports(
         "RewardBatch": "raftune.rewards.batch",
         "CheckReport": "raftune.rewards.check",
         "check_reward": "raftune.rewards.check",
-        "load_panel": "raftune.rewards.loading",
+        "load_rewards": "raftune.rewards.loading",
         "load_reward": "raftune.rewards.loading",
-        "LoggedExtras": "raftune.rewards.panel",
-        "RewardSet": "raftune.rewards.panel",
+        "LoggedExtras": "raftune.rewards.reward_set",
+        "RewardSet": "raftune.rewards.reward_set",
     },
 )

@@ -25,7 +25,7 @@ from raftune.evaluation.bootstrap import interval, mean_by_prompt, numbers_by_ke
 from raftune.records import Row, Score, ScoreStatus
 from raftune.rewards.batch import RESERVED, RewardBatch
 from raftune.rewards.outcome import FAILED, excerpt
-from raftune.rewards.panel import RewardSet
+from raftune.rewards.reward_set import RewardSet
 from raftune.sanitize import counted
 from raftune.store.files import stage_file
 from raftune.store.parquet import write_table
@@ -209,14 +209,14 @@ def folder_rows(folder: Path, field: str) -> Iterator[tuple[int, Row | SkippedRo
 
 
 def score_answers(
-    panel: RewardSet, answers: CompletionFile, observe: Callable[[int, int], None] = lambda done, of: None
+    rewards: RewardSet, answers: CompletionFile, observe: Callable[[int, int], None] = lambda done, of: None
 ) -> list[Score]:
     """A score for each completion, in the order of the file. A failure is a status, and raises nothing."""
     scores: list[Score] = []
     columns = {name: values for name, values in answers.columns.items() if name not in RESERVED}
     batch = RewardBatch(answers.prompts, cast("list[Any]", answers.completions), columns)
     for start in range(0, len(batch), CHUNK):
-        scores += panel.score(batch.take(range(start, min(start + CHUNK, len(batch)))))
+        scores += rewards.score(batch.take(range(start, min(start + CHUNK, len(batch)))))
         observe(len(scores), len(batch))
     return scores
 

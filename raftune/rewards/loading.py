@@ -10,9 +10,9 @@ from raftune.config.rewards import RewardsConfig, RewardSpec, unique_names
 from raftune.config.secrets import advice, plain_secrets
 from raftune.errors import ConfigError
 from raftune.protocols import Reward
-from raftune.rewards.panel import RewardSet
-from raftune.rewards.registry import BUILT_IN, import_all
+from raftune.rewards.registry import built_in
 from raftune.rewards.resolve import FunctionReward, is_function, resolve
+from raftune.rewards.reward_set import RewardSet
 
 
 def load_reward(
@@ -32,8 +32,7 @@ def load_reward(
         reward = RewardSpec.model_validate(reward)
     if isinstance(reward, RewardSpec):
         spec = reward if name is None else reward.model_copy(update={"name": name})
-        import_all()
-        if is_function(spec.spec) or (spec.spec in BUILT_IN and BUILT_IN[spec.spec].own_process):
+        if is_function(spec.spec) or (spec.spec in built_in() and built_in()[spec.spec].own_process):
             from raftune.rewards.process.client import ProcessReward
 
             return ProcessReward(spec, spec.timeout or timeout)
@@ -52,7 +51,7 @@ def load_reward(
     return reward if isinstance(reward, Reward) else FunctionReward(reward, name)
 
 
-def load_panel(
+def load_rewards(
     config: RewardsConfig,
     objects: Sequence[Callable[..., Any]] = (),
     *,

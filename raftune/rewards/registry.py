@@ -16,7 +16,7 @@ from raftune.protocols import Reward
 from raftune.rewards.fingerprint import digest
 
 T = TypeVar("T", bound="type[BuiltInReward]")
-BUILT_IN: dict[str, type[BuiltInReward]] = {}
+_DECLARED: dict[str, type[BuiltInReward]] = {}
 MEDIA = frozenset({"text", "messages", "image"})
 TYPES = {str: "text", int: "integer", float: "number", bool: "true | false", tuple: "list", type(None): "null"}
 
@@ -86,7 +86,7 @@ def builtin(
     """Declares the decorated dataclass as the built-in reward of this name; media: of text, messages, image."""
 
     def declare(reward: T) -> T:
-        other = BUILT_IN.get(name, reward)
+        other = _DECLARED.get(name, reward)
         for wrong, fix in (
             ("__dataclass_fields__" not in vars(reward), "put @dataclass below @builtin"),
             (not set(media) <= MEDIA, f"media must be a tuple of {', '.join(sorted(MEDIA))}"),
@@ -99,18 +99,19 @@ def builtin(
         reward.own_process, reward.model_type = own_process, model_type
         paragraphs = (reward.__doc__ or "").strip().split("\n\n")
         reward.summary, *reward.details = [" ".join(text.split()) for text in paragraphs]
-        BUILT_IN[name] = reward
+        _DECLARED[name] = reward
         return reward
 
     return declare
 
 
 @cache
-def import_all() -> None:
-    """Imports every file of builtin/ that declares a reward; none of these imports torch."""
+def built_in() -> dict[str, type[BuiltInReward]]:
+    """The built-in rewards by name. None of the files that declare one, which are imported now, imports torch."""
     for path in sorted((Path(__file__).parent / "builtin").glob("*.py")):
         if "\n@builtin(" in path.read_text(encoding="utf-8"):
             importlib.import_module(f"{__package__}.builtin.{path.stem}")
+    return _DECLARED
 
 
 def _in_words(kind: Any) -> str:

@@ -21,7 +21,7 @@ from raftune.protocols import Reward
 from raftune.rewards import fingerprint
 from raftune.rewards.batch import IMAGE_MEDIA, PASSED, TEXT_MEDIA, is_image
 from raftune.rewards.outcome import hub_error, one_line
-from raftune.rewards.registry import BUILT_IN, import_all
+from raftune.rewards.registry import built_in
 from raftune.sanitize import did_you_mean
 from raftune.store.files import sha256_of
 
@@ -34,12 +34,11 @@ def resolve(spec: RewardSpec, device: str = "auto") -> Reward:
     """The reward of a spec, in this process. Raises ConfigError for a wrong spec, RewardError if it does not load."""
     if is_function(spec.spec):
         return _from_function(spec)
-    import_all()
-    if spec.spec in BUILT_IN:
-        cls, options = BUILT_IN[spec.spec], spec.options
+    if spec.spec in built_in():
+        cls, options = built_in()[spec.spec], spec.options
     else:
         name, source = _model_reward(spec)
-        cls, options = BUILT_IN[name], {"model": source, **spec.options}
+        cls, options = built_in()[name], {"model": source, **spec.options}
     options = expanded(options, f"rewards.options of {spec.spec!r}")
     reward: Reward = with_options(cls, spec.spec, "rewards.options", options).load(spec.derived_name, device)
     return reward
@@ -67,7 +66,7 @@ def _model_reward(spec: RewardSpec) -> tuple[str, str]:
         path = path / "model"  # as `raftune reward train` writes it
         source = str(path)
     if not path.exists():  # a misspelt built-in must not be looked for on the hub, nor a missing folder
-        if near := did_you_mean(source.casefold(), [*BUILT_IN, *SHORT_NAMES], "", 0.75):
+        if near := did_you_mean(source.casefold(), [*built_in(), *SHORT_NAMES], "", 0.75):
             raise ConfigError(f"reward_funcs: no reward {source!r}; {near} `raftune reward list` shows all.")
         if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
             raise ConfigError(
@@ -83,7 +82,7 @@ def _model_reward(spec: RewardSpec) -> tuple[str, str]:
             from transformers import PretrainedConfig
 
             config, _ = PretrainedConfig.get_config_dict(source, revision=spec.options.get("revision"))
-        names = {reward.model_type: name for name, reward in BUILT_IN.items() if reward.model_type}
+        names = {reward.model_type: name for name, reward in built_in().items() if reward.model_type}
         return names.get(config["model_type"], "classifier"), source
     except Exception as error:
         if path.exists():

@@ -39,7 +39,7 @@ from raftune.protocols import (
 )
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
-from raftune.rewards.panel import RewardSet, lacking
+from raftune.rewards.reward_set import RewardSet, lacking
 from raftune.stages.data import DataStage
 from raftune.stages.evaluate import EvaluateStage, FeaturesStage
 from raftune.stages.gather import GatherStage
@@ -152,7 +152,7 @@ class Runtime:
         self.run, self.config, self.objects = run, config, replace(objects, train=train, held_out=held_out)
         self.family = family_of(config)
         self.engine: Engine = make_engine(config.engine, run.root)
-        self._panels: dict[str, RewardSet] = {}
+        self._reward_sets: dict[str, RewardSet] = {}
         self._extractor: Any = None
         self.policies = PolicyCache(config, self.family, run, self._release_rewards)
         limit_threads(config)
@@ -214,7 +214,7 @@ class Runtime:
         ]
         if sampling.teacher is not None:
             stages.append(TeacherStage(self.policies, sampling.teacher.num_generations))
-        stages.append(self._score_stage(round_, self.panel, "plan", shards, "score"))
+        stages.append(self._score_stage(round_, self.rewards, "plan", shards, "score"))
         if config.selection.beta > 0:
             stages.append(LogProbsStage(self.policies, model="model@-1", writes="logp", shards=shards))
             stages.append(LogProbsStage(self.policies, model="model@0", writes="logp-start", shards=shards))
@@ -244,7 +244,7 @@ class Runtime:
         ]
         shards = ["generate", "score"]
         if evaluation.reward_funcs:
-            stages.append(self._score_stage(round_, self.judge, plan, (samples,), "evaluate/judge"))
+            stages.append(self._score_stage(round_, self.held_out_rewards, plan, (samples,), "evaluate/judge"))
             shards.append("judge")
         if evaluation.kl and self.has_log_probs():
             for model, name in (("model", "logp"), ("model@0", "logp-start")):
@@ -308,43 +308,43 @@ class Runtime:
     def has_log_probs(self) -> bool:
         return isinstance(self.family, SupportsLogProbs)
 
-    def panel(self) -> RewardSet:
+    def rewards(self) -> RewardSet:
         """The rewards that the policy is trained on, after policies have made room for their models."""
-        return self._with_room(self._train_panel())
+        return self._with_room(self._train_rewards())
 
     def eval_rewards(self) -> RewardSet:
         """The same rewards for comparing rounds: always summed, because a rank compares only one prompt's samples."""
-        return self.panel().by_sum()
+        return self.rewards().by_sum()
 
-    def judge(self) -> RewardSet:
+    def held_out_rewards(self) -> RewardSet:
         """The held-out rewards, which the policy is never trained on, after policies have made room for them."""
         changes = {"reward_funcs": self.config.evaluation.reward_funcs, "combine": "sum"}
-        return self._with_room(self._load_panel("held out", self.config.rewards.model_copy(update=changes), ()))
+        return self._with_room(self._load_rewards("held out", self.config.rewards.model_copy(update=changes), ()))
 
     def check_columns(self, train: Collection[str], held_out: Collection[str]) -> None:
         """Raises ConfigError for rewards that need a column which the prompts lack: they could score no sample."""
         evaluation = self.config.evaluation
         columns, prompts = (train, "the prompts") if self.config.num_rounds else (held_out, "the held-out prompts")
-        findings = [*lacking(self._train_panel(), columns, prompts, "rewards.reward_funcs")]
+        findings = [*lacking(self._train_rewards(), columns, prompts, "rewards.reward_funcs")]
         if evaluation.reward_funcs and evaluation.num_prompts:
-            findings += lacking(self.judge(), held_out, "the held-out prompts", "evaluation.reward_funcs")
+            findings += lacking(self.held_out_rewards(), held_out, "the held-out prompts", "evaluation.reward_funcs")
         if findings:
             raise ConfigError("\n".join(findings))
 
-    def _with_room(self, panel: RewardSet) -> RewardSet:
-        if panel.has_weights:
+    def _with_room(self, rewards: RewardSet) -> RewardSet:
+        if rewards.has_weights:
             self.policies.evict()
-        return panel
+        return rewards
 
     def factors(self) -> dict[str, float]:
         """The weight in the score of each reward that the policy is trained on."""
-        panel = self._train_panel()
-        return dict(zip(panel.names, panel.weights, strict=True))
+        rewards = self._train_rewards()
+        return dict(zip(rewards.names, rewards.weights, strict=True))
 
     def counts(self, samples: pa.Table) -> pa.Table:
         """The samples with what each reward counts in their score, where that is not its value."""
-        panel = self._train_panel()
-        return with_counts(samples, panel.shares, panel.combine)
+        rewards = self._train_rewards()
+        return with_counts(samples, rewards.shares, rewards.combine)
 
     def extractor(self) -> Any:
         """The model whose features held-out images are compared by."""
@@ -356,21 +356,21 @@ class Runtime:
         self.policies.evict()
         return self._extractor
 
-    def _train_panel(self) -> RewardSet:
-        return self._load_panel("train", self.config.rewards, self.objects.rewards)
+    def _train_rewards(self) -> RewardSet:
+        return self._load_rewards("train", self.config.rewards, self.objects.rewards)
 
-    def _load_panel(self, name: str, config: Any, objects: Sequence[Any]) -> RewardSet:
-        if name not in self._panels:
-            from raftune.rewards.loading import load_panel
+    def _load_rewards(self, name: str, config: Any, objects: Sequence[Any]) -> RewardSet:
+        if name not in self._reward_sets:
+            from raftune.rewards.loading import load_rewards
 
             weights, tokenizers = self.objects.reward_weights, self.objects.reward_tokenizers
             options = {"weights": weights, "tokenizers": tokenizers} if objects else {}
-            self._panels[name] = load_panel(config, objects, **options)
-        return self._panels[name]
+            self._reward_sets[name] = load_rewards(config, objects, **options)
+        return self._reward_sets[name]
 
     def _release_rewards(self) -> None:
         """Frees reward models, unless they are small, before a policy is loaded."""
-        for model in [*self._panels.values(), *([self._extractor] if self._extractor is not None else [])]:
+        for model in [*self._reward_sets.values(), *([self._extractor] if self._extractor is not None else [])]:
             if model.nbytes * 2 > SMALL:
                 model.release()
 
@@ -402,9 +402,9 @@ class Runtime:
     def close(self) -> None:
         """Ends workers and the processes of rewards."""
         self.engine.close()
-        for panel in self._panels.values():
-            panel.close()
-        self._panels.clear()
+        for rewards in self._reward_sets.values():
+            rewards.close()
+        self._reward_sets.clear()
         self.policies.release()
 
 

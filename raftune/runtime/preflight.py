@@ -15,7 +15,7 @@ from raftune.errors import ConfigError, RunDamaged
 from raftune.evaluation.metrics import load_metrics
 from raftune.protocols import SupportsBackends, SupportsObjectives, SupportsPromptCheck, SupportsTrainer
 from raftune.records import LATENTS
-from raftune.rewards.panel import incompatible_rewards
+from raftune.rewards.reward_set import incompatible_rewards
 from raftune.runtime.assembly import CONDENSE, TEXTS, Runtime
 from raftune.selection import load_rule
 from raftune.stages.gather import prompts_of, reference_rows
@@ -48,9 +48,9 @@ def preflight(runtime: Runtime) -> None:
         prompts_of(reference_rows(reference), reference)  # read once now, so that an error does not cost a round
     # Last, because this loads the rewards.
     media, family, evaluation = runtime.family.media, config.policy.family, config.evaluation
-    findings = [*incompatible_rewards(runtime.panel(), media, family)]
+    findings = [*incompatible_rewards(runtime.rewards(), media, family)]
     if evaluation.reward_funcs and evaluation.num_prompts:
-        findings += incompatible_rewards(runtime.judge(), media, family, "evaluation.reward_funcs")
+        findings += incompatible_rewards(runtime.held_out_rewards(), media, family, "evaluation.reward_funcs")
     if evaluation.features is not None and evaluation.num_prompts:
         runtime.extractor()
     if findings:
@@ -139,7 +139,7 @@ def _evaluation_and_guards(runtime: Runtime) -> Iterator[str]:
             f"{evaluation.features!r}. Leave it out."
         )
     judges = config.rewards.model_copy(update={"reward_funcs": evaluation.reward_funcs}).names
-    rewards = runtime.panel().names if runtime.objects.rewards else config.rewards.names
+    rewards = runtime.rewards().names if runtime.objects.rewards else config.rewards.names
     names = [*dict.fromkeys(["reward", *(["held_out"] if judges else []), *rewards, *judges])]
     if evaluation.num_prompts == 0 and evaluation.best_by != "reward":
         yield (

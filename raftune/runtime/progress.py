@@ -247,7 +247,7 @@ class Progress(_Display):
         if seconds is not None:
             for words in selection_words(summary):
                 self._print(f"round {round}: {words}")
-            if (empty := len(summary.get("barren", ()))) > summary.get("nothing_to_rank", 0):
+            if (empty := len(summary.get("empty_prompts", ()))) > summary.get("nothing_to_rank", 0):
                 prompts = counted(empty, "prompt")
                 self._print(f"round {round}: {prompts} without kept samples (select/summary.json says why)")
         for alarm in alarms:

@@ -89,7 +89,7 @@ def wanted(
         any_match = any_match or matches
         key = stage_key(stage.name, fields_of(stage, runtime.plain), hashes_of(run, stage, round_))
         if matches or ((stage.writes != "score" or round_ >= start) and key != commit.key):
-            now = set(stage.panel().names)
+            now = set(stage.rewards().names)
             for path, columns in status_columns.items():
                 before = {name.removeprefix("status/") for name in columns}
                 if before != now:

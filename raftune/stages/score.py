@@ -31,7 +31,7 @@ class ScoreStage(ChunkedStage):
 
     def __init__(
         self,
-        panel: Callable[[], Scorer],
+        rewards: Callable[[], Scorer],
         *,
         plan: str = "plan",
         reads: tuple[str, ...] = ("generate",),
@@ -40,26 +40,26 @@ class ScoreStage(ChunkedStage):
         earlier: Path | None = None,
     ) -> None:
         """`earlier`: a folder of scores to keep, which may be missing; it is deleted once the stage is committed."""
-        self.panel, self.plan, self.shards, self.local, self.scratch = panel, plan, reads, local, earlier
+        self.rewards, self.plan, self.shards, self.local, self.scratch = rewards, plan, reads, local, earlier
         self.name, self.writes = stage_of(writes), writes
         self.reads = (plan, *reads)
 
     def fingerprints(self) -> Mapping[str, str]:
-        return {"rewards": self.panel().fingerprint}
+        return {"rewards": self.rewards().fingerprint}
 
     def chunks(self, inputs: StageInputs) -> list[int]:
         return chunk_numbers(*(inputs[name] for name in self.shards))
 
     def run_chunk(self, inputs: StageInputs, index: int, out: Path, metadata: Mapping[str, str]) -> tuple[str, ...]:
-        panel = self.panel()
+        rewards = self.rewards()
         samples = read_shards([inputs[name] for name in self.shards], index)
         kept, metrics, facts = _kept_scores(self.scratch, index, samples)
         earlier = {}
         for row_index, row in kept.items():
-            parts = {n: RewardPart(row[f"rewards/{n}"], ScoreStatus(row[f"status/{n}"])) for n in panel.names}
+            parts = {n: RewardPart(row[f"rewards/{n}"], ScoreStatus(row[f"status/{n}"])) for n in rewards.names}
             earlier[row_index] = Score(row["score"], ScoreStatus(row["status"]), parts, row["detail"])
-        scores = panel.score_samples(prompts_of_samples(inputs[self.plan], index, samples), samples, earlier)
-        extras = panel.extras
+        scores = rewards.score_samples(prompts_of_samples(inputs[self.plan], index, samples), samples, earlier)
+        extras = rewards.extras
         for name, mean in extras.metrics.items():
             count = extras.counts[name]
             before, number = metrics.get(name, (0.0, 0))
@@ -73,8 +73,8 @@ class ScoreStage(ChunkedStage):
         for name in dict.fromkeys([*extras.columns, *(name for row in logged.values() for name in row)]):
             now = extras.columns.get(name, missing)
             columns[name] = [logged[i].get(name) if i in logged else now[i] for i in range(samples.num_rows)]
-        write_table(scores_table(samples, scores, panel.names, columns), out, {**metadata, **facts})
-        return panel.notes()
+        write_table(scores_table(samples, scores, rewards.names, columns), out, {**metadata, **facts})
+        return rewards.notes()
 
 
 def _kept_scores(

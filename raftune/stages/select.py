@@ -217,7 +217,7 @@ def _summary(
         "reward_kept": _mean(scores[kept]),
         "reward_std": float(np.nanstd(scores)) if np.isfinite(scores).any() else None,
         "reasons": dict(sorted(reasons.items())),
-        "barren": dict(sorted(empty.items())),
+        "empty_prompts": dict(sorted(empty.items())),
     }
 
 

@@ -17,7 +17,8 @@ from raftune.store.files import json_bytes, publish_seal, sha256_hex, sha256_of,
 NAME = "_COMMIT.json"
 JOURNAL = "_journal.jsonl"  # of an interrupted stage
 MARKER = "DROPPED.json"  # lists what was deleted on purpose
-LAYOUT = 2  # 1: raftune 0.1, whose stages were called draw and tune, and its section tuning
+LAYOUT = 3
+WRITTEN_BY = {1: "raftune 0.1", 2: "a development version of raftune 0.2"}  # earlier layouts
 SELF = "sha256"  # of the rest of a JSON file's content
 ROUND = re.compile(r"round-(\d{4,})")
 
@@ -41,11 +42,12 @@ def has_changed(content: Mapping[str, Any], *fields: str) -> bool:
     return not rest.keys() >= set(fields) or content != with_hash(rest)
 
 
-def too_old(path: Path) -> RunTooOld:
-    """The error for a file of a run that raftune 0.1 wrote."""
+def too_old(path: Path, layout: int = 1) -> RunTooOld:
+    """The error for a file of a run of an earlier layout."""
+    version = WRITTEN_BY.get(layout, f"a version with layout {layout}")
     return RunTooOld(
-        f"{path} was written by raftune 0.1, whose stages and fields have other names. Read this run with raftune 0.1 "
-        "(pip install 'raftune<0.2'), or train anew."
+        f"{path} was written by {version}, whose stages and fields have other names. Read this run with that version, "
+        "or train anew."
     )
 
 
@@ -157,7 +159,7 @@ class Manifest:
                 "Upgrade raftune to read this run."
             )
         if data["layout"] < LAYOUT:
-            raise too_old(path)
+            raise too_old(path, data["layout"])
         if raw != json_bytes(data) or has_changed(data):
             raise damaged("has changed since it was committed")
         above = round_above(folder)

@@ -13,13 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raftune.errors import RunDamaged
-from raftune.records import JsonType
 from raftune.sanitize import first_line
 from raftune.store.commit import DroppedFiles, FileEntry, Manifest
 from raftune.store.committed import check_file
 from raftune.store.files import stage_file
 
-_JSON = JsonType()  # a reader of columns of JSON must know their type
 _WRITE = {"compression": "zstd", "write_page_checksum": True}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.records import ScoreStatus
-from raftune.rewards import RewardBatch, RewardSet, load_panel
+from raftune.rewards import RewardBatch, RewardSet, load_rewards
 from raftune.rewards.builtin.aesthetic import save_head
 from raftune.rewards.check import example_images
 from tests.builders import tiny_clip
@@ -91,12 +91,12 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reward_set(request: pytest.FixtureRequest, acts: Path) -> Iterator[RewardSet]:
     name = "act_later" if "async" in request.param else "act"
     if "process" in request.param:
-        made = load_panel(RewardsConfig(reward_funcs=(f"{acts}:{name}",), timeout=LIMIT))
+        made = load_rewards(RewardsConfig(reward_funcs=(f"{acts}:{name}",), timeout=LIMIT))
     else:
         found = importlib.util.spec_from_file_location("acts", acts)
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
-        made = load_panel(RewardsConfig(timeout=LIMIT), [getattr(module, name)])
+        made = load_rewards(RewardsConfig(timeout=LIMIT), [getattr(module, name)])
     with made:
         yield made
 
@@ -205,7 +205,7 @@ PICTURE_REWARDS = (
 
 @pytest.fixture(scope="module", params=PICTURE_REWARDS)
 def image_reward_set(request: pytest.FixtureRequest, image_specs: dict[str, RewardSpec]) -> Iterator[RewardSet]:
-    with load_panel(RewardsConfig(reward_funcs=(image_specs[request.param],))) as made:
+    with load_rewards(RewardsConfig(reward_funcs=(image_specs[request.param],))) as made:
         yield made
 
 
@@ -287,7 +287,7 @@ def loaded(path: Path, *names: str) -> list[Any]:
 def test_a_callable_gets_the_same_images_as_an_object_and_in_its_own_process(sees: Path) -> None:
     batch = example_images(mixed_sizes=True)
     expected = [float(np.asarray(picture)[..., 0].mean()) for picture in batch.completions]
-    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:red",)), loaded(sees, "red")) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=(f"{sees}:red",)), loaded(sees, "red")) as reward_set:
         scores = reward_set.score(batch)
     for name in ("red", "red_2"):
         assert [score.parts[name].value for score in scores] == expected
@@ -296,7 +296,7 @@ def test_a_callable_gets_the_same_images_as_an_object_and_in_its_own_process(see
 def test_a_callable_that_modifies_its_images_changes_no_other_copy(sees: Path) -> None:
     batch = example_images()
     before = [picture.tobytes() for picture in batch.completions]
-    with load_panel(RewardsConfig(reward_funcs=(f"{sees}:spoils",)), loaded(sees, "spoils", "red")) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=(f"{sees}:spoils",)), loaded(sees, "spoils", "red")) as reward_set:
         scores = reward_set.score(batch)
     assert [picture.tobytes() for picture in batch.completions] == before
     assert max(score.parts["red"].value or 0 for score in scores) > 100
@@ -305,6 +305,6 @@ def test_a_callable_that_modifies_its_images_changes_no_other_copy(sees: Path) -
 @pytest.mark.parametrize("hosted", [False, True])
 def test_a_callable_on_images_fails_as_one_on_texts(sees: Path, hosted: bool) -> None:
     specs, objects = ((f"{sees}:wrong",), []) if hosted else ((), loaded(sees, "wrong"))
-    with load_panel(RewardsConfig(reward_funcs=specs), objects) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=specs), objects) as reward_set:
         statuses = [score.status for score in reward_set.score(example_images())]
     assert statuses == [ScoreStatus.INVALID, ScoreStatus.INVALID, ScoreStatus.NOT_APPLICABLE, *[ScoreStatus.OK] * 13]

@@ -7,7 +7,7 @@ import struct
 import zlib
 from typing import Any
 
-from raftune.report.pictures import embed
+from raftune.report.images import embed
 from tests.runs.report_pages import document
 
 VOID = "0001/p0-0/002"  # the sample of which no image could be made

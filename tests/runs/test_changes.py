@@ -98,7 +98,7 @@ def test_redone_from_the_named_stage_it_is_what_the_new_configuration_gives_from
 
 def test_what_comes_before_the_named_stage_is_untouched_and_what_was_there_is_kept(copy: Path) -> None:
     before = {path: path.stat().st_ino for path in copy.rglob("*.parquet")}
-    drawn = {content for name, content in tree(copy).items() if "generate/unit" in name}
+    generated = {content for name, content in tree(copy).items() if "generate/unit" in name}
     resume(copy, tiny.objects(), redo="2/select")
     same = {path.relative_to(copy).as_posix() for path, inode in before.items() if inode == inode_of(path)}
     assert {name for name in same if name.startswith("round-0002")} == {
@@ -115,7 +115,7 @@ def test_what_comes_before_the_named_stage_is_untouched_and_what_was_there_is_ke
         "round-0002-rows",
         "round-0002-select",
     ]
-    assert drawn <= set(tree_of_everything(copy).values())
+    assert generated <= set(tree_of_everything(copy).values())
 
 
 def test_an_evaluation_is_redone_without_the_training(copy: Path) -> None:

@@ -185,12 +185,12 @@ def test_another_configuration_is_refused_with_the_difference(
 
 @pytest.mark.slow
 def test_from_redoes_a_stage_and_what_follows(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    drawn = tree(copied / "runs/tab/round-0002/generate")
+    generated = tree(copied / "runs/tab/round-0002/generate")
     _, err = output_of(capsys, "resume", "runs/tab", "--from", "2/select", "--selection.rule", "random", code=2)
     assert "select of round 1" in err  # the rule shaped an earlier round as well
     _, err = output_of(capsys, "resume", "runs/tab", "--from", "2/train")
     assert "set aside, to superseded/: " in err
-    assert tree(copied / "runs/tab/round-0002/generate") == drawn
+    assert tree(copied / "runs/tab/round-0002/generate") == generated
 
 
 def test_resume_takes_no_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,12 +454,12 @@ def test_the_schema_describes_every_section(capsys: pytest.CaptureFixture[str]) 
 def test_plan_counts_what_the_run_then_does(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = output_of(capsys, "plan", "tab.yaml", "--name", "new", "--json")
     plan = json.loads(out)
-    drawn = sum(
+    generated = sum(
         json.loads(line)["rows"]
         for line in (finished / "events.jsonl").read_text().splitlines()
         if json.loads(line)["event"] == "chunk" and json.loads(line)["stage"] in ("generate", "evaluation generate")
     )
-    assert plan["samples"] == drawn
+    assert plan["samples"] == generated
     assert plan["amounts"]["kept"] == 8
     assert sum(plan["seconds"].values()) > 0
     assert plan["command"] == "raftune train tab.yaml --name new"

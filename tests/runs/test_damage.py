@@ -136,7 +136,7 @@ def test_a_replaced_manifest_is_detected_by_the_stages_made_from_it(copy: Path) 
     }
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layout": 2}', '{"layout": "1"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layout": 3}', '{"layout": "1"}'])
 def test_an_unreadable_manifest_is_named_by_verify_and_by_resume(copy: Path, content: str) -> None:
     path = copy / "round-0001/score/_COMMIT.json"
     path.write_text(content)
@@ -173,9 +173,9 @@ def test_redoing_a_later_stage_than_the_damaged_one_is_refused(copy: Path) -> No
 
 def test_a_run_of_a_later_layout_is_refused_by_name_of_the_fix(copy: Path) -> None:
     path = copy / "round-0001/select/_COMMIT.json"
-    path.write_text(path.read_text().replace('"layout": 2', '"layout": 3'))
+    path.write_text(path.read_text().replace('"layout": 3', '"layout": 4'))
     for act in (verify, lambda root: resume(root, tiny.objects())):
-        with pytest.raises(RunTooNew, match=r"has layout 3; this version reads up to 2\. Upgrade raftune"):
+        with pytest.raises(RunTooNew, match=r"has layout 4; this version reads up to 3\. Upgrade raftune"):
             act(copy)
 
 

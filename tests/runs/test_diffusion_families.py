@@ -48,16 +48,16 @@ def objects(kind: Kind, prompts: list[Any] | None = None) -> PythonObjects:
 
 def config(root: Path, model: Path, kind: Kind, **sections: Any) -> dict[str, Any]:
     """Four prompts with two images each in two steps; every architecture under the options that it has."""
-    drawn: dict[str, Any] = {"num_inference_steps": 2}
-    drawn |= {} if kind in UNCONDITIONAL else {"guidance_scale": 1.0}
-    drawn |= {} if kind in ("dit", *UNCONDITIONAL) else {"height": SIZE, "width": SIZE}
+    generated: dict[str, Any] = {"num_inference_steps": 2}
+    generated |= {} if kind in UNCONDITIONAL else {"guidance_scale": 1.0}
+    generated |= {} if kind in ("dit", *UNCONDITIONAL) else {"height": SIZE, "width": SIZE}
     base: dict[str, Any] = {
         "output_dir": str(root),
         "num_rounds": 2,
         "prompts_per_round": 4,
         "data": {"prompts": "given as an object"},
         "policy": {"family": "diffusion", "model": str(model), "device": "cpu"},
-        "sampling": {"num_generations": 2, "chunk_size": 4, "diffusion": drawn},
+        "sampling": {"num_generations": 2, "chunk_size": 4, "diffusion": generated},
         "training": {"learning_rate": 0.03, "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 1},
         "evaluation": {"num_prompts": 2, "num_generations": 1},
         "engine": {"threads": 1},
@@ -126,10 +126,10 @@ def test_a_run_aligns_every_architecture_and_its_ledger_is_reproducible(tmp_path
 def test_what_is_kept_is_the_reddest_of_each_prompt_with_its_latents(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(config(root, save_tiny("flux", tmp_path / "model"), "flux", num_rounds=1), objects("flux"))
-    drawn = pq.read_table(root / "round-0001" / "generate" / "chunk-00000.parquet").to_pylist()
-    red = {row["sample_id"]: redness([], [image_of(row["completion"])])[0] for row in drawn}
+    generated = pq.read_table(root / "round-0001" / "generate" / "chunk-00000.parquet").to_pylist()
+    red = {row["sample_id"]: redness([], [image_of(row["completion"])])[0] for row in generated}
     groups: dict[str, list[str]] = {}
-    for row in drawn:
+    for row in generated:
         groups.setdefault(row["prompt_id"], []).append(row["sample_id"])
     kept = pq.read_table(root / "round-0001" / "rows" / "rows.parquet").to_pylist()
     assert {row["sample_id"] for row in kept} == {max(group, key=red.__getitem__) for group in groups.values()}

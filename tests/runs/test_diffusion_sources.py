@@ -84,8 +84,8 @@ def test_an_evaluation_of_images_says_how_they_were_generated(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": CAPTIONS[0]}) + "\n")
-    drawn = ["--sampling.diffusion.num-inference-steps", "2", "--sampling.diffusion.guidance-scale", "1"]
-    asked = ["--evaluation.prompts", str(tmp_path / "prompts.jsonl"), "--rewards.reward-funcs", "colour", *drawn]
+    generated = ["--sampling.diffusion.num-inference-steps", "2", "--sampling.diffusion.guidance-scale", "1"]
+    asked = ["--evaluation.prompts", str(tmp_path / "prompts.jsonl"), "--rewards.reward-funcs", "colour", *generated]
     monkeypatch.chdir(tmp_path)
     one = ["--evaluation.num-generations", "2", "--engine.threads", "1", "--policy.device", "cpu", "--report", "false"]
     assert main(["evaluate", str(model), "--policy.family", "diffusion", *asked, *one]) == 0
@@ -144,8 +144,8 @@ def test_a_batch_too_large_for_the_device_is_halved_and_the_bytes_do_not_tell(
     monkeypatch.setattr(loading, "load_denoiser", limited)
     large = {**small, "sampling": {"batch_size": 8}}
     run(config(tmp_path / "large", model, "sd", **large), objects())
-    drawn = [chunk_rows(tmp_path / name, "generate") for name in ("small", "large")]
-    assert drawn[0] == drawn[1]
+    generated = [chunk_rows(tmp_path / name, "generate") for name in ("small", "large")]
+    assert generated[0] == generated[1]
     events = (tmp_path / "large/events.jsonl").read_text()
     assert "generated again at 4" in events and "generated again at 2" in events
 

@@ -78,6 +78,14 @@ def test_a_stage_of_an_earlier_layout_is_refused(finished: Path, tmp_path: Path)
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     path = copy / "round-0001" / "select" / "_COMMIT.json"
-    path.write_text(path.read_text().replace('"layout": 2', '"layout": 1'))
+    path.write_text(path.read_text().replace('"layout": 3', '"layout": 1'))
     with pytest.raises(RunTooOld):
         resume(copy, tiny.objects())
+
+
+def test_a_run_of_a_development_version_is_named_as_such(finished: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(finished, tmp_path / "old")
+    for path in old.rglob("_COMMIT.json"):
+        path.write_text(path.read_text().replace('"layout": 3', '"layout": 2'))
+    with pytest.raises(RunTooOld, match=r"written by a development version of raftune 0\.2"):
+        resume(old, tiny.objects())

@@ -112,7 +112,7 @@ def test_a_run_stops_after_rounds_in_a_row_that_had_nothing_to_learn_from(
     assert (outcome.rounds, outcome.best) == (3, 0 if reward is zero else 3)
     assert outcome.reason.startswith("3 rounds in a row had nothing to learn from (stop.empty_rounds = 3)")
     summary = json.loads((tmp_path / "run/round-0001/select/summary.json").read_text())
-    assert all(words.startswith(reason) for words in summary["barren"].values())
+    assert all(words.startswith(reason) for words in summary["empty_prompts"].values())
     assert stopped(tmp_path / "first", reward, 1, changes).rounds == 1
     assert stopped(tmp_path / "never", reward, None, changes).rounds == 6
 

@@ -136,7 +136,7 @@ def test_a_family_without_likelihoods_is_refused_a_reference(tmp_path: Path) -> 
 def test_a_finished_run_is_measured_on_references_without_being_generated_again(tmp_path: Path) -> None:
     root = tmp_path / "run"
     run(tiny.config(root), tiny.objects())
-    drawn = [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/generate/*"))]
+    generated = [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/generate/*"))]
     settings = tiny.config(root, evaluation={"reference_column": "human"})
     with pytest.raises(ConfigChanged, match="it now also reads 0/evaluate/reference"):
         run(settings, tiny.objects())
@@ -145,7 +145,7 @@ def test_a_finished_run_is_measured_on_references_without_being_generated_again(
         metrics(root, round_)["references"]["measured"] + metrics(root, round_)["references"]["impossible"] == 4
         for round_ in range(3)
     )
-    assert drawn == [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/generate/*"))]
+    assert generated == [path.stat().st_ino for path in sorted(root.glob("round-*/evaluate/generate/*"))]
 
 
 def test_a_version_that_measures_more_leaves_an_old_run_as_it_is(
@@ -218,11 +218,11 @@ def test_a_round_evaluated_again_generates_the_samples_of_its_run(tmp_path: Path
     run(config(tmp_path / "run", model, policy=policy), OBJECTS)
     judge_again(f"{tmp_path / 'run'}@2", tmp_path / "again", OBJECTS)
     assert same_but_for_kl(metrics(tmp_path / "again"), metrics(tmp_path / "run", 2))
-    drawn = [
+    generated = [
         pq.read_table(folder).drop_columns(["sample_id", "version"])
         for folder in (tmp_path / "again/round-0000/evaluate/generate", tmp_path / "run/round-0002/evaluate/generate")
     ]
-    assert drawn[0].equals(drawn[1])
+    assert generated[0].equals(generated[1])
     weights = tmp_path / "again/round-0000/model"
     assert (weights / "adapter_model.safetensors").is_file() == lora
     assert not (weights / "model.safetensors").is_file()  # neither merged nor copied

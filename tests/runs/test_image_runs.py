@@ -145,9 +145,9 @@ def test_features_say_how_varied_images_are_and_how_far_they_went(
     assert last["feature_drift"]["low"] > 0
     assert 1 <= last["vendi"]["mean"] <= 3 and 0 <= last["feature_distance"]["mean"] <= 2
     shard = pq.read_table(tmp_path / "run/round-0001/evaluate/features/chunk-00000.parquet")
-    drawn = pq.read_table(tmp_path / "run/round-0001/evaluate/generate/chunk-00000.parquet")
-    assert shard.column("sample_id").equals(drawn.column("sample_id"))
-    assert shard.column("features").is_null().equals(drawn.column("invalid").is_valid())
+    generated = pq.read_table(tmp_path / "run/round-0001/evaluate/generate/chunk-00000.parquet")
+    assert shard.column("sample_id").equals(generated.column("sample_id"))
+    assert shard.column("features").is_null().equals(generated.column("invalid").is_valid())
     before = extractor.calls
     run(config(tmp_path / "run", evaluation={"features": "any"}, **broken), objects())
     assert extractor.calls == before and verify(tmp_path / "run") == []
@@ -253,8 +253,8 @@ def test_images_of_a_column_join_the_pool(tmp_path: Path) -> None:
     sampling = {"num_generations": 2, "chunk_size": 4, "candidate_columns": ["human"]}
     settings = config(tmp_path / "run", num_rounds=1, evaluation={"num_prompts": 0}, sampling=sampling)
     run(settings, PythonObjects(train=lambda: prompts, rewards=[saturation]))
-    drawn = pq.read_table(tmp_path / "run/round-0001/generate/chunk-00000.parquet").to_pylist()
-    human = [row for row in drawn if row["source"] == "column:human"]
+    generated = pq.read_table(tmp_path / "run/round-0001/generate/chunk-00000.parquet").to_pylist()
+    human = [row for row in generated if row["source"] == "column:human"]
     assert len(human) == 4 and all(row["completion"] in source for row in human)
 
 
@@ -269,13 +269,13 @@ def test_an_evaluation_holds_one_chunk_of_images_at_a_time(tmp_path: Path) -> No
     for chunk in range(chunks):
         ids = [f"{chunk}/{k}" for k in range(size)]
         noise = generator.integers(0, 256, (size, 64, 64, 3), dtype=np.uint8)
-        drawn = {
+        generated = {
             "sample_id": ids,
             "prompt_id": [f"p{chunk}"] * size,
             "k": list(range(size)),
             "source": ["policy"] * size,
         }
-        table = pa.table(drawn | {"completion": [png_of(require_pillow().fromarray(one)) for one in noise]})
+        table = pa.table(generated | {"completion": [png_of(require_pillow().fromarray(one)) for one in noise]})
         for folder, columns in (("generate", table), ("score", table.drop_columns("completion"))):
             (tmp_path / folder).mkdir(exist_ok=True)
             pq.write_table(columns, tmp_path / folder / f"chunk-{chunk:05d}.parquet")

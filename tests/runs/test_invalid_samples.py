@@ -13,8 +13,8 @@ import pytest
 from raftune.errors import DataError, ModelError, RewardError
 from raftune.records import Prompt, ScoreStatus
 from raftune.results.summary import columns_for, rows_of
-from raftune.rewards.loading import load_panel
-from raftune.rewards.panel import batch_of
+from raftune.rewards.loading import load_rewards
+from raftune.rewards.reward_set import batch_of
 from raftune.runtime.run import run, verify
 from tests.runs.image_family import config, objects, saturation
 
@@ -46,13 +46,13 @@ def test_no_reward_is_asked_about_an_invalid_sample(tmp_path: Path) -> None:
         return saturation(prompts, completions)
 
     run(config(tmp_path / "run", num_rounds=1, evaluation={"num_prompts": 0}, **broken()), objects(reward))
-    drawn = table(tmp_path / "run/round-0001", "generate")
-    assert sum(seen) == drawn.column("invalid").null_count < drawn.num_rows
+    generated = table(tmp_path / "run/round-0001", "generate")
+    assert sum(seen) == generated.column("invalid").null_count < generated.num_rows
 
 
 def test_its_status_is_invalid_and_its_detail_the_policy_s_own(folder: Path) -> None:
-    drawn, scores = (table(folder / "round-0001", name) for name in ("generate", "score"))
-    reasons = drawn.column("invalid").to_pylist()
+    generated, scores = (table(folder / "round-0001", name) for name in ("generate", "score"))
+    reasons = generated.column("invalid").to_pylist()
     assert {*reasons} == {None, "not finite", "flat: every pixel is the same colour"}
     for why, row in zip(reasons, scores.to_pylist(), strict=True):
         assert (row["status"], row["detail"]) == (("ok", "") if why is None else ("invalid", why))
@@ -72,8 +72,8 @@ def test_it_is_never_kept_and_its_verdict_says_why(folder: Path) -> None:
 
 def test_the_share_of_invalid_samples_is_in_the_table_of_rounds(folder: Path) -> None:
     rows = rows_of(folder)
-    drawn = table(folder / "round-0002/evaluate", "generate").column("invalid")
-    assert rows[2]["invalid"] == pytest.approx(1 - drawn.null_count / len(drawn))
+    generated = table(folder / "round-0002/evaluate", "generate").column("invalid")
+    assert rows[2]["invalid"] == pytest.approx(1 - generated.null_count / len(generated))
     titles = [column.title for column in columns_for(rows)]
     assert "invalid" in titles
     summary = json.loads((folder / "round-0001/select/summary.json").read_text())
@@ -115,10 +115,10 @@ def test_an_evaluation_of_invalid_samples_alone_measures_that(tmp_path: Path) ->
 
 
 def test_bytes_that_are_no_image_are_reported_with_their_sample() -> None:
-    with load_panel(config(Path("x")).rewards, [saturation]) as panel:
+    with load_rewards(config(Path("x")).rewards, [saturation]) as rewards:
         samples = pa.table({"sample_id": ["s/1"], "completion": pa.array([b"no image"], pa.binary())})
         with pytest.raises(DataError, match=r"sample s/1: these 8 bytes are no image"):
-            panel.score_samples([Prompt("p", "a disc")], samples)
+            rewards.score_samples([Prompt("p", "a disc")], samples)
 
 
 def test_images_wait_as_bytes_until_they_are_asked_for() -> None:
@@ -132,7 +132,7 @@ def test_texts_may_be_invalid_too() -> None:
         return [float(len(text)) for text in completions]
 
     samples = pa.table({"sample_id": ["1", "2", "3"], "completion": ["a", None, "ccc"], "invalid": [None, "cut", None]})
-    with load_panel(config(Path("x")).rewards, [reward]) as panel:
-        scores = panel.score_samples([Prompt("p", "x")] * 3, samples)
+    with load_rewards(config(Path("x")).rewards, [reward]) as rewards:
+        scores = rewards.score_samples([Prompt("p", "x")] * 3, samples)
     assert [score.value for score in scores] == [1.0, None, 3.0]
     assert scores[1].status is ScoreStatus.INVALID and scores[1].detail == "cut"

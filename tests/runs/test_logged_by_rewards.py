@@ -63,14 +63,14 @@ def test_metrics_and_columns_are_part_of_the_record_the_same_wherever_the_reward
 ) -> None:
     go(tmp_path / "hosted", f"{judge}:judge")
     root = tmp_path / "hosted"
-    drawn = {
+    generated = {
         row["sample_id"]: row["completion"]
         for path in root.glob("round-0001/generate/chunk-*.parquet")
         for row in pq.read_table(path).to_pylist()
     }
     longest = []
     for rows in chunk_files(root):
-        texts = [drawn[row["sample_id"]] for row in rows]
+        texts = [generated[row["sample_id"]] for row in rows]
         for row, text in zip(rows, texts, strict=True):
             logged = extras_of(row)
             assert (logged["length"], logged["words"], logged["too few"]) == (len(text), text.split(), None)

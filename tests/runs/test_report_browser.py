@@ -113,7 +113,7 @@ CLAIMS: dict[str, tuple[str, str, Callable[[Opened], Any], Any]] = {
     "Overview": ("#prompts", "1", Opened.screen, "overview"),
     "Prompts": ("#overview", "2", Opened.screen, "prompts"),
     "Compare": ("#overview", "3", Opened.screen, "compare"),
-    "Learned from": ("#overview", "4", Opened.screen, "learned"),
+    "Training samples": ("#overview", "4", Opened.screen, "learned"),
     "Alarms": ("#overview", "5", Opened.screen, "alarms"),
     "Configuration": ("#overview", "6", Opened.screen, "configuration"),
 }

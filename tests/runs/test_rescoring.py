@@ -78,14 +78,14 @@ def test_only_failed_samples_are_scored_again_and_all_other_scores_stay_although
 ) -> None:
     reward = FailingReward()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
-    before, drawn = scores(tmp_path), completions_of(tmp_path)
+    before, generated = scores(tmp_path), completions_of(tmp_path)
     calls = logged_metrics(tmp_path / "round-0001/score")
     assert {row["status"] for row in before.values()} == {"ok", "error", "invalid"}
     reward.well, reward.asked = True, []
 
     resume(tmp_path, tiny.objects(reward), redo="score", only="timeout, error")
 
-    failed = [name for name, answer in drawn.items() if answer == 3]
+    failed = [name for name, answer in generated.items() if answer == 3]
     assert reward.asked == [3] * len(failed)
     after = scores(tmp_path)
     assert {name: row for name, row in after.items() if name not in failed} == {
@@ -130,9 +130,11 @@ def test_with_a_fixed_reward_training_and_evaluation_have_the_scores_that_it_giv
         "evaluation": {"best_by": "broken"},
     }
     run(tiny.config(tmp_path / "run", **changes), tiny.objects(broken))
-    drawn = [completions_of(tmp_path / "run", f"round-000{place}") for place in ("0/evaluate/generate", "1/generate")]
+    generated = [
+        completions_of(tmp_path / "run", f"round-000{place}") for place in ("0/evaluate/generate", "1/generate")
+    ]
     resume(tmp_path / "run", tiny.objects(fixed), redo="score", only="error")
-    failed = sum(list(place.values()).count(3) for place in drawn)
+    failed = sum(list(place.values()).count(3) for place in generated)
     again = list(completions_of(tmp_path / "run", "round-0001/evaluate/generate").values())  # of the new model
     assert asked == [3] * failed + again
 
@@ -213,8 +215,8 @@ def test_a_started_rescoring_is_completed_by_a_plain_resume_and_other_statuses_a
 ) -> None:
     reward = FailingReward()
     run(tiny.config(tmp_path, **NEVER), tiny.objects(reward))
-    before, drawn = scores(tmp_path), completions_of(tmp_path)
-    failed = [name for name, answer in drawn.items() if answer == 3]
+    before, generated = scores(tmp_path), completions_of(tmp_path)
+    failed = [name for name, answer in generated.items() if answer == 3]
     reward.well, reward.asked = True, []
 
     def cut(kind: str, facts: dict[str, Any]) -> None:

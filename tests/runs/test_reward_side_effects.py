@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from raftune.rewards.panel import RewardSet
+from raftune.rewards.reward_set import RewardSet
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
 from tests.builders import save_tiny, tree_hash
@@ -134,6 +134,6 @@ def test_after_a_call_the_process_is_as_it_was(
         ]
 
     before = state()
-    with RewardSet([load_reward(reward)]) as panel:
-        [score] = panel.score(RewardBatch(["p"], ["aa"]))
+    with RewardSet([load_reward(reward)]) as rewards:
+        [score] = rewards.score(RewardBatch(["p"], ["aa"]))
     assert score.value is not None and state() == before

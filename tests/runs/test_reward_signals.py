@@ -234,15 +234,15 @@ def test_a_signal_goes_through_every_reward_model_and_an_exit_on_a_thread_stays_
         model = getattr(reward, "clip_model", reward)
         monkeypatch.setattr(model, "_forward" if model is reward else "image_features", interrupt)
         interrupt.left = 1
-        with RewardSet([reward]) as panel, pytest.raises(KeyboardInterrupt):
-            panel.score(batch)
+        with RewardSet([reward]) as rewards, pytest.raises(KeyboardInterrupt):
+            rewards.score(batch)
 
     def leaves(completions: list[str], **columns: Any) -> list[float]:
         raise SystemExit(3)
 
-    with RewardSet([load_reward(leaves)]) as panel:
+    with RewardSet([load_reward(leaves)]) as rewards:
         assert (
-            panel.score(RewardBatch(["a"], ["b"]))[0]
+            rewards.score(RewardBatch(["a"], ["b"]))[0]
             .parts["leaves"]
             .detail.startswith("SystemExit: 3 (test_reward_signals.py, line ")
         )

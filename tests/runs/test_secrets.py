@@ -16,7 +16,7 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.config.secrets import HIDDEN, plain_secrets, redacted
 from raftune.errors import ConfigError
 from raftune.results.model_card import publish_model
-from raftune.rewards import RewardBatch, load_panel, load_reward
+from raftune.rewards import RewardBatch, load_reward, load_rewards
 from raftune.rewards.resolve import FunctionReward
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.run import run
@@ -84,9 +84,9 @@ def test_a_key_in_plain_is_reported_hidden_on_the_page_and_refused_in_a_card_unt
     tmp_path: Path, judge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"api_key": KEY, "log": str(tmp_path / "log")}
-    with load_panel(RewardsConfig(reward_funcs=({"spec": judge, "options": options},))) as panel:
-        assert "reward_funcs.0.api_key looks like a key or password" in panel.notes()[0]
-        assert panel.notes() == ()
+    with load_rewards(RewardsConfig(reward_funcs=({"spec": judge, "options": options},))) as rewards:
+        assert "reward_funcs.0.api_key looks like a key or password" in rewards.notes()[0]
+        assert rewards.notes() == ()
     root = tmp_path / "run"
     go(root, {"spec": judge, "options": options})
     assert KEY in (root / "config.yaml").read_text()  # resume needs it
@@ -108,8 +108,8 @@ def test_a_key_in_an_address_or_a_header_is_sent_and_not_shown(monkeypatch: pyte
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with judging() as url:
         options = {"url": f"{url}/unknown?api_key=${{JUDGE_KEY}}", "headers": {"Authorization": "Bearer ${JUDGE_KEY}"}}
-        with load_panel(RewardsConfig(reward_funcs=({"spec": "http", "options": options},))) as panel:
-            detail = panel.score(RewardBatch(["q"], ["a"]))[0].parts["http"].detail
+        with load_rewards(RewardsConfig(reward_funcs=({"spec": "http", "options": options},))) as rewards:
+            detail = rewards.score(RewardBatch(["q"], ["a"]))[0].parts["http"].detail
     assert "HTTP 401: do not know" in detail
     assert KEY not in detail
     prints = [

@@ -41,6 +41,9 @@ def sign(prompts, completions, **columns):
 
 def broken(prompts, completions, **columns):
     raise ValueError("no luck")
+
+def needs_topic(prompts, completions, topic, **columns):
+    return [0.0 for _ in completions]
 """
 Copy = Callable[[str], Path]
 
@@ -299,7 +302,7 @@ def test_prompts_without_kept_samples_are_counted_and_named_with_their_reason(co
     flags = {"selection.rule": "top_fraction", "selection.keep_fraction": 0.05}
     found = reselect(copy("plain"), flags, dry_run=True, show=3).difference
     assert found.all.now.samples == 2  # one of the 32 samples of each round
-    assert (found.all.starved_before, found.all.empty_prompts) == (0, 14)
+    assert (found.all.empty_before, found.all.empty_prompts) == (0, 14)
     assert len(found.empty_prompts) == 3
     assert all("kept fraction" in prompt["reason"] for prompt in found.empty_prompts)
 
@@ -517,6 +520,13 @@ def test_what_cannot_be_asked_is_refused_with_a_reason_and_nothing_is_written(co
     with pytest.raises(ConfigError) as caught:
         ask(root)
     assert words in str(caught.value)
+    assert not (root / "whatif").exists()
+
+
+def test_a_reward_whose_column_the_prompts_lack_is_refused(copy: Copy, rewards: Path) -> None:
+    root = copy("plain")
+    with pytest.raises(ConfigError, match=r"rewards\.reward_funcs: needs_topic needs 'topic', which is no column of"):
+        rescore(root, file(rewards, "needs_topic"))
     assert not (root / "whatif").exists()
 
 

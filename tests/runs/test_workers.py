@@ -139,7 +139,7 @@ def test_a_chunk_that_always_fails_can_be_set_aside_and_its_prompts_are_named(
     assert commit is not None
     assert list(commit.quarantined) == ["chunk-00001.parquet"]
     summary = json.loads((root / "round-0001/select/summary.json").read_text())
-    assert list(summary["barren"].values()) == ["its unit failed and was set aside"] * 2
+    assert list(summary["empty_prompts"].values()) == ["its unit failed and was set aside"] * 2
     assert (summary["prompts"], summary["samples"]) == (8, 24)
 
 

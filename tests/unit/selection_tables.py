@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from raftune.config.selection import selection_config
+from raftune.config.selection import AnySelection
 from raftune.selection import REASONS, Candidates, Verdicts, select
 
 NAN, INF = float("nan"), float("inf")
+
+
+def selection_config(**fields: Any) -> AnySelection:
+    """The section `selection` with these fields."""
+    return TypeAdapter(AnySelection).validate_python(fields)
+
 
 # One configuration of each rule, and one of each filter.
 CONFIGS: list[dict[str, Any]] = [

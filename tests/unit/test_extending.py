@@ -23,7 +23,7 @@ from raftune.engines.local import make_engine
 from raftune.errors import ConfigError, ExtensionError
 from raftune.policies.causal_lm import CausalLM
 from raftune.records import Prompt
-from raftune.rewards.registry import BUILT_IN
+from raftune.rewards.registry import built_in
 from raftune.rewards.resolve import resolve
 from raftune.runtime.assembly import PythonObjects, open_runtime
 from raftune.runtime.run import run
@@ -63,12 +63,12 @@ def test_the_rewards_of_the_page_give_numbers(files: Path) -> None:
     assert reward(prompts=["a", "a"], completions=["Thanks!", "please"]) == [1.0, 0.0]
     try:
         module_from_file(Path("shouting.py"))
-        made = with_options(BUILT_IN["shouting"], "shouting", "options", {"penalty": 2.0})
+        made = with_options(built_in()["shouting"], "shouting", "options", {"penalty": 2.0})
         assert made.name == "shouting"
         assert made(prompts=["", ""], completions=["AB", "ab"]) == [-2.0, 0.0]
-        assert [option.name for option in BUILT_IN["shouting"].option_list()] == ["penalty"]
+        assert [option.name for option in built_in()["shouting"].option_list()] == ["penalty"]
     finally:
-        BUILT_IN.pop("shouting", None)
+        built_in().pop("shouting", None)
 
 
 def test_a_run_follows_a_rule_an_engine_and_a_metric_of_ones_own(files: Path) -> None:
@@ -218,7 +218,7 @@ WRONG = {
         {},
         r"decide of bad\.py:Short must take .*; it takes \(self, pool\)",
     ),
-    "an option": ("near_best.py:NearBest", {"withn": 1}, r"selection\.options\.withn is not an option.*mean 'within'"),
+    "an option": ("near_best.py:NearBest", {"withn": 1}, r"selection\.options: near_best.*no option 'withn'.*mean 'within'"),
     "a value": ("near_best.py:NearBest", {"within": "far"}, r"selection\.options\.within of near_best.*got 'far'"),
     "an error": ("raises.py:Rule", {}, r"raises\.py, line 1 raised ZeroDivisionError"),
 }

@@ -251,11 +251,11 @@ def test_softmax_survives_any_scores_and_temperature() -> None:
 def test_the_control_keeps_m_of_each_prompt_with_equal_chances_whatever_they_score() -> None:
     # Each of 4 candidates is kept with probability ½. 4000 seeds: standard error 0.0079, five of them 0.04.
     table = prompts([9, 1, 1, 0, NAN], [3])
-    drawn = np.array([choose(table, seed, rule="random", m=2).weight for seed in range(4000)])
-    assert (drawn.sum(axis=1) == 3).all() and not drawn[:, 4].any() and drawn[:, 5].all()
-    np.testing.assert_allclose(drawn[:, :4].mean(axis=0), 0.5, atol=0.04)
+    generated = np.array([choose(table, seed, rule="random", m=2).weight for seed in range(4000)])
+    assert (generated.sum(axis=1) == 3).all() and not generated[:, 4].any() and generated[:, 5].all()
+    np.testing.assert_allclose(generated[:, :4].mean(axis=0), 0.5, atol=0.04)
     # Of the 6 pairs each is as likely (1/6, standard error 0.0059): candidates are generated, not positions.
-    pairs = np.bincount((drawn[:, :4] @ [1, 2, 4, 8]).astype(int), minlength=16)[[3, 5, 6, 9, 10, 12]] / 4000
+    pairs = np.bincount((generated[:, :4] @ [1, 2, 4, 8]).astype(int), minlength=16)[[3, 5, 6, 9, 10, 12]] / 4000
     np.testing.assert_allclose(pairs, 1 / 6, atol=0.03)
 
 

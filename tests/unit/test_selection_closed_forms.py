@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raftune.config.selection import TopFraction, selection_config
+from raftune.config.selection import TopFraction
 from raftune.evaluation.bootstrap import best_of_k_estimates
 from raftune.selection import Candidates, Verdicts, select, without_candidates
+from tests.unit.selection_tables import selection_config
 from tools import closed_forms as exact
 
 P = np.array([0.1, 0.35, 0.2, 0.05, 0.3])
@@ -78,30 +79,30 @@ def test_1_the_best_of_k_samples_has_its_distribution(k: int) -> None:
 
 
 def test_1_breaking_ties_by_content_would_have_another_law() -> None:
-    drawn = all_outcomes(P, R, 3)
-    by_content = SampledGroups(drawn.answers, drawn.scores + 1e-6 * drawn.answers, drawn.chance)
+    generated = all_outcomes(P, R, 3)
+    by_content = SampledGroups(generated.answers, generated.scores + 1e-6 * generated.answers, generated.chance)
     assert np.abs(by_content.law() - exact.best_of_k_law(P, R, 3)).max() > 0.05
 
 
 @pytest.mark.parametrize(("k", "m"), [(3, 1), (4, 2), (5, 2), (5, 3), (4, 4)])
 def test_2_the_m_best_of_k_samples_have_their_marginal_distribution(k: int, m: int) -> None:
-    drawn = all_outcomes(P, R, k)
-    np.testing.assert_allclose(drawn.law(rule="top_m", m=m), exact.top_m_law(P, R, k, m), atol=1e-14)
-    assert (drawn.weights(rule="top_m", m=m).sum(axis=1) == m).all()
+    generated = all_outcomes(P, R, k)
+    np.testing.assert_allclose(generated.law(rule="top_m", m=m), exact.top_m_law(P, R, k, m), atol=1e-14)
+    assert (generated.weights(rule="top_m", m=m).sum(axis=1) == m).all()
 
 
 def test_2_winners_of_one_group_are_not_independent() -> None:
-    drawn = all_outcomes(P, R, 4)
-    weights = drawn.weights(rule="top_m", m=2)
+    generated = all_outcomes(P, R, 4)
+    weights = generated.weights(rule="top_m", m=2)
     best = exact.top_m_law(P, R, 4, 2)[3]
-    both = drawn.chance @ ((weights * (drawn.answers == 3)).sum(axis=1) == 2)
+    both = generated.chance @ ((weights * (generated.answers == 3)).sum(axis=1) == 2)
     assert both > 1.3 * best**2
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_3_the_expected_score_of_the_kept_is_the_expected_best(k: int) -> None:
-    drawn = all_outcomes(P, R, k)
-    mean = drawn.chance @ (drawn.weights() * drawn.scores).sum(axis=1)
+    generated = all_outcomes(P, R, k)
+    mean = generated.chance @ (generated.weights() * generated.scores).sum(axis=1)
     assert mean == pytest.approx(exact.expected_best(P, R, k), abs=1e-13)
     assert mean <= exact.expected_best_bound(P, R, k) + 1e-12
 
@@ -145,15 +146,15 @@ def test_6_the_estimate_is_what_selection_keeps_of_every_subset() -> None:
     scores = np.array([0.5, 2.0, 0.5, -1.0, 3.0, 2.0, 0.0])
     for k in range(1, 8):
         subsets = np.array(list(combinations(range(7), k)))
-        drawn = SampledGroups(subsets, scores[subsets], np.full(len(subsets), 1 / len(subsets)))
-        mean = drawn.chance @ (drawn.weights() * drawn.scores).sum(axis=1)
+        generated = SampledGroups(subsets, scores[subsets], np.full(len(subsets), 1 / len(subsets)))
+        mean = generated.chance @ (generated.weights() * generated.scores).sum(axis=1)
         assert best_of_k_estimates(scores, [k])[0] == pytest.approx(mean, abs=1e-13)
 
 
 def test_6_the_estimate_has_the_expectation_of_the_best_of_k() -> None:
-    drawn = all_outcomes(P, R, 5)
+    generated = all_outcomes(P, R, 5)
     for k in range(1, 6):
-        mean = drawn.chance @ best_of_k_estimates(drawn.scores, [k])[:, 0]
+        mean = generated.chance @ best_of_k_estimates(generated.scores, [k])[:, 0]
         assert mean == pytest.approx(exact.expected_best(P, R, k), abs=1e-13)
     good = (R > 0).astype(float)
     binary = all_outcomes(P, good, 5)
@@ -169,9 +170,9 @@ LOG_S, LOG_FAIL = exact.log_mass_gradient(P, GOOD), exact.log_mass_gradient(P, ~
 K = 4
 
 
-def gradient(drawn: SampledGroups, weights: np.ndarray) -> np.ndarray:
+def gradient(generated: SampledGroups, weights: np.ndarray) -> np.ndarray:
     """(V,) the expectation over prompts of Σ_k weight · ∇ log p(answer), in the logits of P."""
-    mass = drawn.mass(weights, len(P))
+    mass = generated.mass(weights, len(P))
     return mass - mass.sum() * P
 
 
@@ -181,40 +182,40 @@ def per_prompt(weights: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("cap", [1, None])
 def test_7_positives_normalised_per_prompt_climb_a_sum_of_pass_at_k(cap: int | None) -> None:
-    drawn = all_outcomes(P, GOOD.astype(float), K)
-    weights = drawn.weights(rule="threshold", threshold=1, max_per_prompt=cap)
+    generated = all_outcomes(P, GOOD.astype(float), K)
+    weights = generated.weights(rule="threshold", threshold=1, max_per_prompt=cap)
     expected = (1 - (1 - S) ** K) * LOG_S
-    np.testing.assert_allclose(gradient(drawn, per_prompt(weights)), expected, atol=1e-14)
+    np.testing.assert_allclose(gradient(generated, per_prompt(weights)), expected, atol=1e-14)
     # ∇ pass@k = k (1−s)^{k−1} ∇s, and ∇s = s ∇log s.
     np.testing.assert_allclose(sum((1 - S) ** (k - 1) for k in range(1, K + 1)) * S * LOG_S, expected, atol=1e-14)
 
 
 def test_7_positives_divided_by_k_are_plain_policy_gradient() -> None:
-    drawn = all_outcomes(P, GOOD.astype(float), K)
-    weights = drawn.weights(rule="threshold", threshold=1)
-    np.testing.assert_allclose(gradient(drawn, weights / K), S * LOG_S, atol=1e-14)
+    generated = all_outcomes(P, GOOD.astype(float), K)
+    weights = generated.weights(rule="threshold", threshold=1)
+    np.testing.assert_allclose(gradient(generated, weights / K), S * LOG_S, atol=1e-14)
 
 
 def test_7_keeping_the_best_of_an_all_bad_prompt_wastes_one_sample() -> None:
-    drawn = all_outcomes(P, GOOD.astype(float), K)
-    net = gradient(drawn, drawn.weights())
+    generated = all_outcomes(P, GOOD.astype(float), K)
+    net = gradient(generated, generated.weights())
     all_bad = (1 - S) ** K * LOG_FAIL
     np.testing.assert_allclose(net, (1 - (1 - S) ** K) * LOG_S + all_bad, atol=1e-14)
     np.testing.assert_allclose(net, (1 - (1 - S) ** (K - 1)) * LOG_S, atol=1e-14)
 
 
 def test_7_averaging_over_the_kept_prompts_loses_the_factor() -> None:
-    drawn = all_outcomes(P, GOOD.astype(float), K)
-    weights = drawn.weights(rule="threshold", threshold=1, max_per_prompt=1)
-    kept = drawn.chance @ weights.any(axis=1)
-    np.testing.assert_allclose(gradient(drawn, weights) / kept, LOG_S, atol=1e-14)
+    generated = all_outcomes(P, GOOD.astype(float), K)
+    weights = generated.weights(rule="threshold", threshold=1, max_per_prompt=1)
+    kept = generated.chance @ weights.any(axis=1)
+    np.testing.assert_allclose(gradient(generated, weights) / kept, LOG_S, atol=1e-14)
 
 
 def test_7_positives_pooled_over_prompts_weigh_easy_prompts_more() -> None:
     easy, hard = all_outcomes(P, GOOD.astype(float), K), all_outcomes(P, (~GOOD).astype(float), K)
     fields: dict[str, Any] = {"rule": "threshold", "threshold": 1}
     pooled = gradient(easy, easy.weights(**fields)) + gradient(hard, hard.weights(**fields))
-    positives = sum(drawn.chance @ drawn.weights(**fields).sum(axis=1) for drawn in (easy, hard))
+    positives = sum(generated.chance @ generated.weights(**fields).sum(axis=1) for generated in (easy, hard))
     np.testing.assert_allclose(pooled / positives, (S * LOG_S + (1 - S) * LOG_FAIL) / (S + (1 - S)), atol=1e-14)
 
 
@@ -230,9 +231,9 @@ def test_8_a_fixed_threshold_restricts_the_policy_and_is_idempotent() -> None:
 
 
 def test_8_a_threshold_that_none_reaches_leaves_every_prompt_without_kept_samples() -> None:
-    drawn = all_outcomes(P, R, 2)
-    verdicts = drawn.verdicts(rule="threshold", threshold=3)
-    assert without_candidates(drawn.candidates, verdicts) == dict.fromkeys(range(25), "below the threshold")
+    generated = all_outcomes(P, R, 2)
+    verdicts = generated.verdicts(rule="threshold", threshold=3)
+    assert without_candidates(generated.candidates, verdicts) == dict.fromkeys(range(25), "below the threshold")
 
 
 START, REWARD, BETA = np.full(4, 0.25), np.array([0, 1 / 3, 2 / 3, 1]), 0.5
@@ -312,9 +313,9 @@ def test_11_ties_at_the_cut_do_not_exclude_later_prompts() -> None:
     shares = np.zeros(2)
     exact_share = 0.0
     for scores, weight in zip(outcomes, chance, strict=True):
-        drawn = SampledGroups(np.zeros((2, 4), np.int64), scores.reshape(2, 4).astype(float), np.ones(2))
+        generated = SampledGroups(np.zeros((2, 4), np.int64), scores.reshape(2, 4).astype(float), np.ones(2))
         for seed in range(20):
-            kept = drawn.weights(seed, rule="top_fraction", keep_fraction=0.25).sum(axis=1)
+            kept = generated.weights(seed, rule="top_fraction", keep_fraction=0.25).sum(axis=1)
             shares += weight * kept / 2 / 20
         exact_share += weight * _fair_share_of_first(scores)
     assert exact_share == pytest.approx(0.717, abs=5e-4)
@@ -332,40 +333,40 @@ def _fair_share_of_first(scores: np.ndarray) -> float:
 # -- 12, 13: invariance and allocation -------------------------------------------------------------------------------
 
 
-def transformed(drawn: SampledGroups) -> SampledGroups:
+def transformed(generated: SampledGroups) -> SampledGroups:
     """Each group's scores under a strictly increasing function of its own."""
-    scale = 0.5 + np.arange(len(drawn.scores))[:, None] % 7
-    return SampledGroups(drawn.answers, np.arctan(drawn.scores * scale) - 5 * scale, drawn.chance)
+    scale = 0.5 + np.arange(len(generated.scores))[:, None] % 7
+    return SampledGroups(generated.answers, np.arctan(generated.scores * scale) - 5 * scale, generated.chance)
 
 
 @pytest.mark.parametrize("fields", [{}, {"rule": "top_m", "m": 2}, {"all_equal": "skip"}, {"rule": "random"}])
 def test_12_ranking_within_prompts_is_invariant_to_increasing_transformations(fields: dict[str, Any]) -> None:
-    drawn = random_samples(P, R, 4, 500, seed=3)
-    np.testing.assert_array_equal(drawn.weights(**fields), transformed(drawn).weights(**fields))
+    generated = random_samples(P, R, 4, 500, seed=3)
+    np.testing.assert_array_equal(generated.weights(**fields), transformed(generated).weights(**fields))
 
 
 def test_12_global_ranking_is_invariant_to_a_common_transformation_only() -> None:
-    drawn = random_samples(P, R, 4, 500, seed=4)
+    generated = random_samples(P, R, 4, 500, seed=4)
     fields: dict[str, Any] = {"rule": "top_fraction", "keep_fraction": 0.2}
-    common = SampledGroups(drawn.answers, np.exp(drawn.scores), drawn.chance)
-    np.testing.assert_array_equal(drawn.weights(**fields), common.weights(**fields))
-    assert (drawn.weights(**fields) != transformed(drawn).weights(**fields)).any()
+    common = SampledGroups(generated.answers, np.exp(generated.scores), generated.chance)
+    np.testing.assert_array_equal(generated.weights(**fields), common.weights(**fields))
+    assert (generated.weights(**fields) != transformed(generated).weights(**fields)).any()
 
 
 @pytest.mark.parametrize(
     "fields", [{"rule": "softmax", "temperature": 1}, {"rule": "threshold", "threshold": 1}, {"margin": 1}]
 )
 def test_12_softmax_threshold_and_margin_see_the_scale(fields: dict[str, Any]) -> None:
-    drawn = random_samples(P, R, 4, 500, seed=5)
-    doubled = SampledGroups(drawn.answers, 2 * drawn.scores + 1, drawn.chance)
-    assert (drawn.weights(**fields) != doubled.weights(**fields)).any()
+    generated = random_samples(P, R, 4, 500, seed=5)
+    doubled = SampledGroups(generated.answers, 2 * generated.scores + 1, generated.chance)
+    assert (generated.weights(**fields) != doubled.weights(**fields)).any()
 
 
 def test_12_a_transformation_that_saturates_in_floats_makes_ties() -> None:
     scores = np.array([[40.0, 41.0]])
-    drawn = SampledGroups(np.array([[0, 1]]), scores, np.ones(1))
-    saturated = SampledGroups(drawn.answers, 1 / (1 + np.exp(-scores)), drawn.chance)
-    assert drawn.weights().tolist() == [[0, 1]]
+    generated = SampledGroups(np.array([[0, 1]]), scores, np.ones(1))
+    saturated = SampledGroups(generated.answers, 1 / (1 + np.exp(-scores)), generated.chance)
+    assert generated.weights().tolist() == [[0, 1]]
     assert saturated.weights().tolist() == [[1, 0]]
 
 
@@ -392,7 +393,7 @@ def test_13_the_best_allocation_leaves_the_variance_it_promises() -> None:
 def _variance_of_mean(norm: float, acceptance: float, n: int, runs: int, seed: int) -> float:
     """Runs are groups of n candidates; gradients are normal with standard deviation `norm`, unrelated to the score."""
     rng = np.random.default_rng([seed, n])
-    drawn = SampledGroups(np.zeros((runs, n), np.int64), rng.random((runs, n)), np.ones(runs))
-    accepted = drawn.weights(rule="threshold", threshold=1 - acceptance)
+    generated = SampledGroups(np.zeros((runs, n), np.int64), rng.random((runs, n)), np.ones(runs))
+    accepted = generated.weights(rule="threshold", threshold=1 - acceptance)
     means = (accepted * rng.normal(0, norm, (runs, n))).sum(axis=1) / accepted.sum(axis=1)
     return float(means.var())

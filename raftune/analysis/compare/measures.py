@@ -136,7 +136,7 @@ def score_now(
 
     Raises ConfigError and RewardError where a reward cannot be loaded, or fails for more than half of the samples.
     """
-    from raftune.rewards.loading import load_panel
+    from raftune.rewards.loading import load_rewards
     from raftune.rewards.outcome import FAILED
 
     tables = [pairs.side_a.samples.take(pa.array(pairs.a)), pairs.side_b.samples.take(pa.array(pairs.b))]
@@ -144,11 +144,11 @@ def score_now(
     shared = [name for name in columns if all(name in table.column_names for table in tables)]
     samples = pa.concat_tables([table.select(shared) for table in tables])
     named = [spec.model_copy(update={"name": measure.name}) for spec, measure in zip(specs, measures, strict=True)]
-    panel = load_panel(RewardsConfig(reward_funcs=tuple(named)))
+    rewards = load_rewards(RewardsConfig(reward_funcs=tuple(named)))
     try:
-        scores = panel.score_samples(pairs.prompt_of_each * 2, samples)
+        scores = rewards.score_samples(pairs.prompt_of_each * 2, samples)
     finally:
-        panel.close()
+        rewards.close()
     results = []
     for spec, measure in zip(specs, measures, strict=True):
         parts = [score.parts[measure.name] for score in scores]

@@ -39,7 +39,7 @@ class KeptSamples:
 class SelectionChange:
     """How the training set of a round (None: of all) would have changed: counts of samples, and of prompts.
 
-    changed: prompts of which other samples are kept, or with other weights. starved_before, empty_prompts: prompts
+    changed: prompts of which other samples are kept, or with other weights. empty_before, empty_prompts: prompts
     without a kept sample, before and now.
     """
 
@@ -49,7 +49,7 @@ class SelectionChange:
     in_both: int
     only_before: int
     only_now: int
-    starved_before: int
+    empty_before: int
     empty_prompts: int
     before: KeptSamples
     now: KeptSamples
@@ -186,7 +186,7 @@ def _selection_change(verdicts: RoundsVerdicts, round_: int | None) -> Selection
         in_both=int((was_kept & is_kept).sum()),
         only_before=int((was_kept & ~is_kept).sum()),
         only_now=int((is_kept & ~was_kept).sum()),
-        starved_before=prompts - kept_before.prompts,
+        empty_before=prompts - kept_before.prompts,
         empty_prompts=prompts - kept_now.prompts,
         before=kept_before,
         now=kept_now,
@@ -248,7 +248,9 @@ def _example(run: RunFolder, verdicts: RoundsVerdicts, group: int, margin: float
 def _newly_empty(before: RunFolder, now: RunFolder, rounds: list[int]) -> Iterator[dict[str, Any]]:
     """The prompts without a kept sample now that had one before, with the reason."""
     for round_ in rounds:
-        old, new = (read_json(run.folder(round_, "select") / "summary.json").get("barren", {}) for run in (before, now))
+        old, new = (
+            read_json(run.folder(round_, "select") / "summary.json").get("empty_prompts", {}) for run in (before, now)
+        )
         names = [name for name in new if name not in old]
         if not names:
             continue

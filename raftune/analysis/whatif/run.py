@@ -20,8 +20,8 @@ from raftune.engines.run_stage import run_stage
 from raftune.errors import ConfigChanged, ConfigError, RewardError, RunDamaged, RunInUse, RunTooNew, StoreError
 from raftune.policies.registry import FAMILIES, family_of
 from raftune.protocols import Callback, ChunkedStage, Stage
-from raftune.rewards.loading import load_panel
-from raftune.rewards.panel import RewardSet, incompatible_rewards
+from raftune.rewards.loading import load_rewards
+from raftune.rewards.reward_set import RewardSet, incompatible_rewards, lacking
 from raftune.runtime.assembly import limit_threads
 from raftune.runtime.staleness import change
 from raftune.sanitize import shell_command
@@ -33,6 +33,7 @@ from raftune.store.commit import stage_key
 from raftune.store.files import json_bytes, write_json
 from raftune.store.job import Engine, StageJob, fields_of, hashes_of, make_job
 from raftune.store.kinds import how_to_go_on
+from raftune.store.parquet import column_names
 from raftune.store.run import RunFolder
 
 FEWER = "sampling.num_generations"
@@ -145,7 +146,7 @@ class WhatIfRun:
         self.scores_anew = "score" in run.replaced
         self.plain = config.model_dump(mode="json")
         self.shards = ("generate", "teach") if config.sampling.teacher else ("generate",)
-        self._panel: RewardSet | None = None
+        self._rewards: RewardSet | None = None
 
     def execute(
         self, which: str, show: int, observe: Callback, record: Mapping[str, str | None] | None
@@ -160,9 +161,9 @@ class WhatIfRun:
         before, after = ({name: config[name] for name in sections} for config in (plain, self.plain))
         changes = differences(before, after)
         with contextlib.ExitStack() as stack:
-            stack.callback(lambda: self._panel.close() if self._panel is not None else None)
+            stack.callback(lambda: self._rewards.close() if self._rewards is not None else None)
             if self.scores_anew:
-                self.panel()  # a reward that cannot be loaded leaves nothing behind
+                self.rewards()  # a reward that cannot be loaded leaves nothing behind
             if record is not None:
                 try:
                     stack.enter_context(self.run.lock())
@@ -199,7 +200,7 @@ class WhatIfRun:
             max_failures=config.rewards.max_failure_fraction,
             num_generations=fewer if fewer < generated else None,
         )
-        return [*([ScoreStage(self.panel, reads=self.shards)] if self.scores_anew else []), select]
+        return [*([ScoreStage(self.rewards, reads=self.shards)] if self.scores_anew else []), select]
 
     def job(self, stage: Stage, round_: int) -> StageJob:
         return make_job(self.run, stage, round_, self.plain)
@@ -210,18 +211,23 @@ class WhatIfRun:
     def prune(self, round_: int, best: int | None) -> None:
         """Does nothing: a what-if makes no models."""
 
-    def panel(self) -> RewardSet:
+    def rewards(self) -> RewardSet:
         """The new rewards, loaded once."""
-        if self._panel is None:
-            self._panel = load_panel(resolve_starters(self.config).rewards)
+        if self._rewards is None:
+            self._rewards = load_rewards(resolve_starters(self.config).rewards)
             family = self.config.policy.family
             # Code that a run's configuration names is not imported to look at the run.
             media = family_of(self.config).media if family in FAMILIES else None
-            if media is not None and (findings := [*incompatible_rewards(self._panel, media, family)]):
+            if media is not None and (findings := [*incompatible_rewards(self._rewards, media, family)]):
                 raise ConfigError("\n".join(findings))
-            if self._panel.has_weights:
+            data = self.original.folder(0, "data") / "train.parquet"
+            with contextlib.suppress(RunDamaged, FileNotFoundError):  # a what-if needs the samples only
+                findings = [*lacking(self._rewards, column_names(data), "the prompts", "rewards.reward_funcs")]
+                if findings:
+                    raise ConfigError("\n".join(findings))
+            if self._rewards.has_weights:
                 limit_threads(self.config)  # they shape a reward model's scores
-        return self._panel
+        return self._rewards
 
     def work(self, rounds: list[int], observe: Callback) -> bool:
         """Runs what is not committed yet; True if anything had to be.

@@ -61,14 +61,14 @@ def lines(config: RunConfig, forecast: Forecast) -> list[tuple[str, str]]:
         ("prompts", f"{prompts.train:,} to learn from, {prompts.held_out:,} held out{lengths}"),
     ]
     if config.num_rounds:
-        extra = amounts.competing - amounts.drawn
+        extra = amounts.competing - amounts.generated
         others = f" + {extra:,} from other sources" if extra > 0 else ""
-        samples = f"{config.sampling.num_generations} = {counted(amounts.drawn, 'sample')}{others}"
+        samples = f"{config.sampling.num_generations} = {counted(amounts.generated, 'sample')}{others}"
         kept = f"{'' if amounts.kept_exact else 'at most '}{amounts.kept:,} kept ({config.selection.rule})"
         steps = counted(amounts.steps, "optimizer step")
         words.append(("a round", f"{counted(amounts.prompts, 'prompt')} x {samples}, {kept}, {steps}"))
     judged = (amounts.rounds + 1) * amounts.judged
-    total = f"{counted(amounts.samples, 'sample')}: {amounts.rounds * amounts.drawn:,} to learn from, {judged:,}"
+    total = f"{counted(amounts.samples, 'sample')}: {amounts.rounds * amounts.generated:,} to learn from, {judged:,}"
     work = forecast.model.describe_work(config, amounts, probe.tokens if probe else None)
     words.append(("in all", f"{total} to judge by{f'; {work}' if work else ''}"))
     disk = forecast.disk

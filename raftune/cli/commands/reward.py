@@ -72,17 +72,20 @@ def check(
 
     raftune reward check rewards.py:polite --samples answers.jsonl
     raftune reward check length --options '{"target": 20}'
-    raftune reward check rewards.py:tidy --images
+    raftune reward check rewards.py:contrast --images
 
-    Other columns of the samples are passed to the reward by keyword. The exit code is 0 if every sample got a number or
-    None, and the same again in any order and batch size; otherwise 3.
+    Without --options a built-in reward is tried with those of its example. Other columns of the samples are passed to
+    the reward by keyword. The exit code is 0 if every sample got a number or None, and the same again in any order and
+    batch size; otherwise 3.
     """
     from raftune.config.rewards import RewardSpec
     from raftune.rewards import check_reward
     from raftune.rewards.batch import is_image
+    from raftune.rewards.registry import built_in
     from raftune.starters.resolve import IMAGES, resolve_reward
 
-    parsed = RewardSpec.model_validate({"spec": spec, "options": read_object("--options", options)})
+    example = dict(built_in()[spec].example) if options is None and spec in built_in() else {}
+    parsed = RewardSpec.model_validate({"spec": spec, "options": example or read_object("--options", options)})
     batch = read_samples(samples) if samples is not None else starter_samples(spec, images)
     are_images = images if batch is None else any(map(is_image, batch.completions))
     reward = resolve_reward(parsed, IMAGES if are_images else None)
@@ -91,6 +94,8 @@ def check(
         print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok, "findings": report.findings}))
         return 0 if report.ok else 3
     show_check(report)
+    if example:
+        echo(f"  - was tried with the options of its example: {json.dumps(example)}")
     if samples is None and not are_images and report.statuses.get("error"):
         echo(
             "  - was tried on texts of our own, without further columns: a reward that reads the data's columns is",
@@ -133,7 +138,7 @@ def starter_samples(spec: str, images: bool) -> RewardBatch | None:
     if images and spec.startswith(WORD):
         import numpy as np
 
-        from raftune.starters.image.pictures import as_image, paint, scenes
+        from raftune.starters.image.images import as_image, paint, scenes
 
         shown = scenes("heldout")[:32]
         painted = [as_image(pixels) for pixels in paint(shown, np.random.default_rng(0))]
@@ -204,7 +209,7 @@ def score(
     from raftune.config.rewards import RewardsConfig
     from raftune.rewards.batch import check_media
     from raftune.rewards.files import read_answers, score_answers, summary, write_scored
-    from raftune.rewards.loading import load_panel
+    from raftune.rewards.loading import load_rewards
     from raftune.rewards.outcome import FAILED
     from raftune.starters.resolve import IMAGES, resolve_reward
 
@@ -218,7 +223,11 @@ def score(
     rows = read_answers(file, split, dialogues)
     family = IMAGES if rows.media == "image" else None
     config = config.model_copy(update={"reward_funcs": (resolve_reward(config.reward_funcs[0], family),)})
-    with interruptible(Path(), "nothing was written.") as watch, StepProgress() as steps, load_panel(config) as rewards:
+    with (
+        interruptible(Path(), "nothing was written.") as watch,
+        StepProgress() as steps,
+        load_rewards(config) as rewards,
+    ):
         check_media(rewards.rewards, rows.media)
         steps.begin(f"scoring {counted(len(rows.completions), 'completion')}")
 
@@ -409,14 +418,13 @@ def list_rewards(
     raftune reward list
     raftune reward list length
     """
-    from raftune.rewards.registry import BUILT_IN, import_all
+    from raftune.rewards.registry import built_in
     from raftune.rewards.resolve import SHORT_NAMES
 
-    import_all()
-    if name is not None and name not in BUILT_IN:
-        hint = did_you_mean(name.casefold(), BUILT_IN, f"there are {', '.join(sorted(BUILT_IN))}.")
+    if name is not None and name not in built_in():
+        hint = did_you_mean(name.casefold(), built_in(), f"there are {', '.join(sorted(built_in()))}.")
         raise ConfigError(f"NAME must be a built-in reward; got {name!r}; {hint}")
-    rewards = [BUILT_IN[name]] if name is not None else list(BUILT_IN.values())
+    rewards = [built_in()[name]] if name is not None else list(built_in().values())
     rewards.sort(key=lambda reward: (scored_media(reward), reward.name))
     if as_json:
         documents = []

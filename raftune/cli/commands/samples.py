@@ -14,7 +14,7 @@ from cyclopts.validators import Number
 from rich.text import Text
 
 from raftune.cli.flags import RunDirectory, switch
-from raftune.cli.output import echo, out
+from raftune.cli.output import echo, json_line, out
 from raftune.data.classifier_inputs import text_of
 from raftune.errors import ConfigError
 from raftune.records import EXTRA, Row, extras_of
@@ -75,7 +75,7 @@ def samples(
             logged = {f"{EXTRA}{name}": value for name, value in extras_of(sample).items()}
             facts = {"round": chosen, "held_out_prompt": held_out}
             completion = run_samples.readable(sample["completion"])
-            print(json.dumps(sample | logged | {"completion": completion} | facts, ensure_ascii=False))
+            print(json_line(sample | logged | {"completion": completion} | facts))
         return
     kind = "held-out prompts" if held_out else "prompts"
     echo(f"round {chosen}, {len(shown)} of {total} {kind}, {ORDERS[sort]}", style="dim")
@@ -280,7 +280,7 @@ def alarms(
     raised = [(r, alarm) for r in rounds for alarm in alarms_of(folder, r)]
     if as_json:
         for _, alarm in raised:
-            print(json.dumps(alarm, ensure_ascii=False))
+            print(json_line(alarm))
         return
     where = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {run_samples.span(rounds)}"
     echo(f"{counted(len(raised), 'alarm')} in {where}", style="dim")

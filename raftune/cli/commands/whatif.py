@@ -132,14 +132,14 @@ def show_rounds(difference: Difference) -> None:
         yield f"{change.changed}/{change.prompts}"
         for count in (change.before.samples, change.now.samples, change.in_both, change.only_before, change.only_now):
             yield str(count)
-        yield f"{change.starved_before} → {change.empty_prompts}"
+        yield f"{change.empty_before} → {change.empty_prompts}"
         if difference.rescored:
             yield from (number(change.before.reward_before), number(change.now.reward_before))
         yield from (number(change.before.reward_now), number(change.now.reward_now))
 
     old, new = difference.names
     rewards = [f"{old}: before", "now", *([f"{new}: before", "now"] if difference.rescored else [])]
-    titles = ("round", "changed", "before", "now", "both", "gone", "new", "starved", *rewards)
+    titles = ("round", "changed", "before", "now", "both", "gone", "new", "empty", *rewards)
     table = PlainTable(*titles, right=range(len(titles)))
     for change in [*difference.rounds, *([difference.all] if len(difference.rounds) > 1 else [])]:
         table.add(*cells(change))
@@ -147,7 +147,7 @@ def show_rounds(difference: Difference) -> None:
     echo(
         "",
         "  changed: prompts of which something else is kept; before, now, both, gone, new: samples kept",
-        "  starved: prompts that yield nothing, before → now; the rest: mean of what is kept, by each reward",
+        "  empty: prompts that yield nothing, before → now; the rest: mean of what is kept, by each reward",
         style="dim",
     )
 

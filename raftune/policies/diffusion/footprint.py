@@ -126,7 +126,7 @@ class PipelineSize(Footprint):
     def sample_bytes(self, config: RunConfig, planned: RoundAmounts, sample: float | None) -> tuple[int, int]:
         each = self.height * self.width * PNG if sample is None else sample
         copied = planned.rounds * planned.kept * (1 + config.training.replay_rounds)  # rows.parquet of each round
-        latents = copied + (planned.rounds * planned.drawn if config.keep_latents == "all" else 0)
+        latents = copied + (planned.rounds * planned.generated if config.keep_latents == "all" else 0)
         return int((planned.samples + copied) * each + planned.samples * PER_SAMPLE), latents * self.latents
 
 

@@ -151,7 +151,7 @@ def generate(
     counts the rows of all of them. Raises OutOfMemory with it.
     """
     away = None if negative is None else negative.to(device)
-    at_once = lanes_for(bound(), call, device, min(batch_size, len(seeds)))
+    at_once = parallel_for(bound(), call, device, min(batch_size, len(seeds)))
 
     def generated(rows: list[int]) -> list[dict[str, Any]]:
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in rows]
@@ -168,7 +168,7 @@ def generate(
         return sum(len(value) for payload in payloads for value in payload.values() if isinstance(value, bytes))
 
     all_batches = batches(len(seeds), batch_size, at_once)
-    with quiet(), partial.current("images").work() as part, lanes(at_once) as parallel_map:
+    with quiet(), partial.current("images").work() as part, parallel(at_once) as parallel_map:
         if (saved := part.find()) is not None:  # by an earlier attempt
             payloads.extend(pq.read_table(saved, use_threads=False).to_pylist())
         remaining = [rows for rows in all_batches if rows[0] >= len(payloads)]
@@ -180,7 +180,7 @@ def generate(
     return payloads
 
 
-def lanes_for(adapter: PipelineAdapter, call: PipelineCall, device: torch.device, rows: int) -> int:
+def parallel_for(adapter: PipelineAdapter, call: PipelineCall, device: torch.device, rows: int) -> int:
     """How many batches run at once: one on an accelerator, as many as torch has threads on a CPU.
 
     One, too, where the networks change while they are used: a scale of adapters in the call, which peft writes into the
@@ -199,7 +199,7 @@ def batches(count: int, batch_size: int, at_once: int) -> list[list[int]]:
 
 
 @contextmanager
-def lanes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+def parallel(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
     """A `map` that makes `count` calls at once, each with a share of torch's threads; results come in order, and the
     first failure ends all of them.
 

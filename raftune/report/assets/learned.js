@@ -1,4 +1,4 @@
-// The screen "Learned from": exactly the rows that each round was trained on.
+// The screen "Training samples": exactly the rows that each round was trained on.
 
 class Learned extends Listing {
   constructor(panel, page) {

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Final
 
+from raftune.starters.image.images import prompts, scenes
 from raftune.starters.image.judge import all_right, judge
-from raftune.starters.image.pictures import prompts, scenes
 
 __all__ = ["aesthetic_path", "all_right", "flow_path", "judge", "policy_path", "prompts", "reward_path", "scenes"]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from raftune.arrays import IntArray
-from raftune.starters.image.pictures import ATTRIBUTES, Pixels
+from raftune.starters.image.images import ATTRIBUTES, Pixels
 
 COUNTS = tuple(len(words) for words in ATTRIBUTES.values())
 

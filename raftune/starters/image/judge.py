@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from raftune.starters.image.pictures import SIZE, Scene, scene_of
+from raftune.starters.image.images import SIZE, Scene, scene_of
 
 if TYPE_CHECKING:
     from raftune.starters.image.classifier import SceneClassifier

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raftune.cli.output import PlainTable, fitted
+from raftune.cli.output import PlainTable, fitted, json_line
 
 
 def test_a_line_breaks_between_words_and_hangs_below_what_it_says() -> None:
@@ -32,3 +32,7 @@ def test_the_last_column_of_a_table_wraps_and_a_table_of_numbers_is_stacked() ->
     grid.add("start", "-2.246", "1.253")
     assert [line.plain for line in grid.lines(20)] == ["start", "  reward     -2.246", "  best of 4  1.253"]
     assert all(len(line.plain) <= 40 for line in grid.lines(40))
+
+
+def test_a_line_of_json_has_null_for_what_is_no_finite_number() -> None:
+    assert json_line({"é": [float("nan"), {"x": float("-inf")}, 1.5]}) == '{"é": [null, {"x": null}, 1.5]}'

@@ -20,7 +20,7 @@ from raftune.config.sft import SftConfig
 from raftune.planning import forecast
 from raftune.rewards.builtin.aesthetic import save_head
 from raftune.rewards.loading import load_reward
-from raftune.rewards.registry import BUILT_IN
+from raftune.rewards.registry import built_in
 from raftune.training.quiet import quiet
 from tests import pipelines
 from tests.builders import save_backbone, save_tiny
@@ -71,7 +71,7 @@ def test_the_built_in_rewards_of_a_recipe_take_its_options(
     save_aesthetic_head(tmp_path)
     config = load_config([path])
     for reward in (*config.rewards.reward_funcs, *config.evaluation.reward_funcs):
-        if reward.spec in BUILT_IN and not BUILT_IN[reward.spec].has_weights:
+        if reward.spec in built_in() and not built_in()[reward.spec].has_weights:
             assert load_reward(reward).name == reward.derived_name
 
 
@@ -110,7 +110,7 @@ def test_a_recipe_of_images_passes_its_plan_with_a_tiny_pipeline(
     found = forecast(validate(merge([declared(config), at_hand])), measured=False)
     amounts = found.amounts
     assert found.memory is not None and found.seconds is None
-    assert found.work.pictures == config.num_rounds * amounts.drawn + (config.num_rounds + 1) * amounts.judged
+    assert found.work.pictures == config.num_rounds * amounts.generated + (config.num_rounds + 1) * amounts.judged
     assert found.work.forwards % found.work.pictures == 0
     assert found.prompts.train >= config.prompts_per_round and found.prompts.overlap == 0
 

@@ -35,6 +35,21 @@ def test_a_misspelt_choice_suggests_the_nearest() -> None:
     assert words.endswith("got 'best_of_n'. Did you mean 'best_of_k'?")
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"num_rounds": True}, "num_rounds"),
+        ({"training": {"learning_rate": True}}, "training.learning_rate"),
+        ({"selection": {"rule": "top_m", "m": True}}, "selection.m"),
+        ({"evaluation": {"num_prompts": False}}, "evaluation.num_prompts"),
+    ],
+)
+def test_true_and_false_are_no_numbers(changes: dict[str, Any], field: str) -> None:
+    assert re.fullmatch(
+        rf"{field} must be a number; got (true|false), which is not one\. Write a number\.", refusal(**changes)
+    )
+
+
 def test_a_choice_in_a_list_is_named_by_its_field_without_a_number() -> None:
     words = refusal(guards={"stop_on": ["held_out_fall"]})
     assert words.startswith("guards.stop_on must be ")

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from raftune.config.load import validate
-from raftune.config.selection import RULES, selection_config
+from raftune.config.selection import RULES
 from raftune.errors import ConfigError
+from tests.unit.selection_tables import selection_config
 
 VALID: list[dict[str, Any]] = [
     {},

@@ -94,8 +94,8 @@ def test_a_run_keeps_its_reference_images_and_hands_them_to_rewards(folder: Path
     kept = pq.read_table(folder / "run/round-0000/data/train.parquet").column("image").to_pylist()
     assert kept == [png_of(numbered_image(number)) for number in range(4)]
     assert set(seen) == set(kept) and len(seen) == 12
-    drawn = pq.read_table(folder / "run/round-0001/generate/chunk-00000.parquet").to_pylist()
-    assert {row["completion"] for row in drawn if row["source"] == "column:image"} == set(kept)
+    generated = pq.read_table(folder / "run/round-0001/generate/chunk-00000.parquet").to_pylist()
+    assert {row["completion"] for row in generated if row["source"] == "column:image"} == set(kept)
 
 
 @pytest.mark.parametrize("column", ["image", "completion"])

@@ -109,7 +109,7 @@ def test_a_small_data_set_bounds_the_round() -> None:
 def test_other_sources_compete_but_are_not_generated() -> None:
     sampling = {"num_generations": 4, "candidate_columns": ["human"], "teacher": {"model": "t", "num_generations": 2}}
     found = amounts(config(prompts_per_round=10, sampling=sampling), train=100, held_out=0)
-    assert (found.drawn, found.competing) == (40, 70)
+    assert (found.generated, found.competing) == (40, 70)
 
 
 def test_steps_count_epochs_accumulation_and_replay() -> None:
@@ -185,7 +185,7 @@ def test_the_forecast_is_what_the_run_does(folder: Path) -> None:
     run(settings)
     summary = json.loads((folder / "held/round-0001/select/summary.json").read_text())
     report = json.loads((folder / "held/round-0001/model/training.json").read_text())
-    assert (found.amounts.drawn, found.amounts.kept) == (summary["samples"], summary["prompts"])
+    assert (found.amounts.generated, found.amounts.kept) == (summary["samples"], summary["prompts"])
     assert not found.amounts.kept_exact and summary["kept"] == summary["prompts"] - summary["nothing_to_rank"]
     assert found.amounts.steps == report["steps"]
 

@@ -91,8 +91,8 @@ def test_images_and_forwards_are_those_of_the_run(folder: Path, done: tuple[Path
     root, counted = done
     found = planned(folder)
     assert found.work is not None
-    drawn = [pq.read_metadata(path).num_rows for path in root.glob("round-*/**/generate/chunk-*.parquet")]
-    assert found.work.pictures == sum(drawn)
+    generated = [pq.read_metadata(path).num_rows for path in root.glob("round-*/**/generate/chunk-*.parquet")]
+    assert found.work.pictures == sum(generated)
     assert found.work.forwards == counted["generate"] + counted["evaluation generate"]
     assert found.work.learned == counted["learned"]
 

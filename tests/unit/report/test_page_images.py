@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from raftune.errors import DataError
-from raftune.report import pictures
-from raftune.report.pictures import EmbeddedImage, ImageSet, embed
+from raftune.report.images import EmbeddedImage, ImageSet, embed
 from raftune.report.reading import RunReader
 from raftune.store.run import RunFolder
 from tests.runs.report_image_pages import chunk, png
@@ -66,7 +65,7 @@ class ImageFiles:
         self.names = [hashlib.sha256(file).hexdigest() for file in self.files]
         self.asked: list[str] = []
         self.album = ImageSet(RunReader(RunFolder(tmp_path)))
-        monkeypatch.setattr(pictures, "stored_images", self.stored_images)
+        monkeypatch.setattr("raftune.report.images.stored_images", self.stored_images)
 
     def stored_images(self, reader: RunReader, names: Any) -> Any:
         for name in names:

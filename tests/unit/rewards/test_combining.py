@@ -13,7 +13,7 @@ from raftune.config.load import validate_as
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError
 from raftune.records import RewardPart, ScoreStatus
-from raftune.rewards import RewardBatch, load_panel
+from raftune.rewards import RewardBatch, load_rewards
 from raftune.rewards.combining import Combine, RewardShare, combined, numbered, ranks, with_counts
 
 FAILED = {
@@ -142,7 +142,7 @@ def test_thresholds_that_exclude_each_other_are_refused() -> None:
         validate_as(RewardsConfig, {"reward_funcs": [{"spec": "length", "at_least": float("nan")}]})
 
 
-# -- the panel ---------------------------------------------------------------------------------------------------------
+# -- sets of rewards ---------------------------------------------------------------------------------------------------
 
 
 def config(how: Combine = "sum", **changes: Any) -> RewardsConfig:
@@ -157,8 +157,8 @@ BATCH = RewardBatch(["p", "p", "q", "p", "q"], ["ab", "abc", "abcd", "abcde", "a
 
 
 def test_ranks_reach_over_the_calls_of_a_reward() -> None:
-    with load_panel(config("rank")) as panel:
-        found = panel.score(BATCH)
+    with load_rewards(config("rank")) as rewards:
+        found = rewards.score(BATCH)
     raw = [[score.parts[name].value for score in found] for name in ("length", "repetition")]
     expected = sum(ranks(np.array(column), numbered(BATCH.prompts)) for column in raw)
     assert [score.value for score in found] == pytest.approx(list(expected))
@@ -166,10 +166,10 @@ def test_ranks_reach_over_the_calls_of_a_reward() -> None:
 
 
 def test_prompts_of_equal_content_can_be_distinguished() -> None:
-    with load_panel(config("rank")) as panel:
-        alone = panel.score(BATCH, groups=range(len(BATCH)))
+    with load_rewards(config("rank")) as rewards:
+        alone = rewards.score(BATCH, groups=range(len(BATCH)))
         assert [score.value for score in alone] == [1.0] * 5
-        summed = panel.by_sum().score(BATCH)
+        summed = rewards.by_sum().score(BATCH)
         assert summed[1].value == pytest.approx(summed[1].parts["length"].value + summed[1].parts["repetition"].value)
 
 
@@ -178,10 +178,10 @@ def test_the_fingerprint_follows_the_way_of_combining_and_the_thresholds() -> No
     for how, changes in itertools.product(
         ("sum", "rank"), ({}, {"at_least": 0.0}, {"at_most": 0.0}, {"at_least": 0.1})
     ):
-        with load_panel(config(how, **changes)) as panel:
-            prints.append(panel.fingerprint)
-            with load_panel(config("sum", **changes)) as other:
-                assert panel.by_sum().fingerprint == other.fingerprint
+        with load_rewards(config(how, **changes)) as rewards:
+            prints.append(rewards.fingerprint)
+            with load_rewards(config("sum", **changes)) as other:
+                assert rewards.by_sum().fingerprint == other.fingerprint
     assert len(set(prints)) == 8
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
-from raftune.rewards import RewardBatch, fingerprint, load_panel
+from raftune.rewards import RewardBatch, fingerprint, load_rewards
 from raftune.rewards.loading import load_reward
 from raftune.rewards.resolve import FunctionReward, resolve
 
@@ -101,8 +101,8 @@ def test_a_spec_that_names_nothing_is_refused_with_what_there_is(rules: Path, sp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"taget": 3}, r"rewards.options.taget is not an option of length; did you mean 'target'\?"),
-        ({"fingerprint": "x"}, "rewards.options.fingerprint is not an option of length; it has target, min, max, unit"),
+        ({"taget": 3}, r"rewards.options: length has no option 'taget'; did you mean 'target'\?"),
+        ({"fingerprint": "x"}, "rewards.options: length has no option 'fingerprint'; it has target, min, max, unit"),
         ({"target": "long"}, "rewards.options.target of length: input should be a valid number.*; got 'long'"),
         ({"target": 3, "unit": "lines"}, "rewards.options.unit of length.*; got 'lines'"),
     ],
@@ -131,14 +131,14 @@ def test_what_is_neither_spec_nor_callable_is_refused() -> None:
 
 def test_every_object_needs_its_processing_class_or_none_does() -> None:
     with pytest.raises(ConfigError, match="reward_processing_classes must match reward_funcs; got 2 for 1 rewards"):
-        load_panel(RewardsConfig(), [print], tokenizers=[None, None])
+        load_rewards(RewardsConfig(), [print], tokenizers=[None, None])
 
 
 def test_configured_rewards_come_before_objects_and_keep_their_weights() -> None:
     config = RewardsConfig(reward_funcs=({"spec": "length", "options": {"max": 1}, "weight": 2.0},))
-    with load_panel(config, [lambda completions, **kwargs: [1.0] * len(completions)], weights=[0.5]) as panel:
-        assert (panel.names, panel.weights) == (("length", "lambda"), (2.0, 0.5))
-        assert panel.score(RewardBatch(["q"], ["a b"]))[0].value == -1.5
+    with load_rewards(config, [lambda completions, **kwargs: [1.0] * len(completions)], weights=[0.5]) as rewards:
+        assert (rewards.names, rewards.weights) == (("length", "lambda"), (2.0, 0.5))
+        assert rewards.score(RewardBatch(["q"], ["a b"]))[0].value == -1.5
 
 
 def test_a_files_fingerprint_follows_its_bytes_the_function_and_the_options(rules: Path) -> None:

@@ -82,8 +82,8 @@ NO_NUMBERS: dict[str, Any] = {
 
 
 def parts(returned: Any, size: int = 3) -> list[Any]:
-    with RewardSet([load_reward(lambda completions: returned)]) as panel:
-        return [score.parts["lambda"] for score in panel.score(RewardBatch(["q"] * size, ["a"] * size))]
+    with RewardSet([load_reward(lambda completions: returned)]) as rewards:
+        return [score.parts["lambda"] for score in rewards.score(RewardBatch(["q"] * size, ["a"] * size))]
 
 
 @pytest.mark.parametrize("kind", TAKEN)

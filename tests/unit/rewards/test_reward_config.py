@@ -55,9 +55,9 @@ def test_a_field_out_of_its_range_is_refused(wrong: dict[str, object]) -> None:
 
 def test_declaring_and_calling_rewards_imports_no_torch() -> None:
     code = (
-        "import sys; from raftune.rewards import load_panel, RewardBatch; from raftune.config.rewards import "
+        "import sys; from raftune.rewards import load_rewards, RewardBatch; from raftune.config.rewards import "
         "RewardsConfig;"
-        "p = load_panel(RewardsConfig(reward_funcs=('answer',))); p.score(RewardBatch(['q'], ['1'], {'answer': "
+        "p = load_rewards(RewardsConfig(reward_funcs=('answer',))); p.score(RewardBatch(['q'], ['1'], {'answer': "
         "['1']}));"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'trl')))"
     )

@@ -17,7 +17,7 @@ import pytest
 from raftune.config.rewards import RewardsConfig
 from raftune.errors import ConfigError
 from raftune.records import Score, ScoreStatus
-from raftune.rewards import RewardBatch, RewardSet, load_panel, load_reward
+from raftune.rewards import RewardBatch, RewardSet, load_reward, load_rewards
 from raftune.rewards.builtin.length import LengthReward
 from raftune.rewards.resolve import FunctionReward
 from raftune.store import interruption
@@ -34,8 +34,8 @@ def gives(*returned: Any) -> FunctionReward:
 
 def score(rewards: list[Any], asked: RewardBatch, **options: Any) -> list[Score]:
     names = options.pop("names", [f"r{i}" for i in range(len(rewards))])
-    with RewardSet(rewards, names=names, **options) as panel:
-        return panel.score(asked)
+    with RewardSet(rewards, names=names, **options) as reward_set:
+        return reward_set.score(asked)
 
 
 def test_the_score_is_the_weighted_sum_of_the_parts() -> None:
@@ -59,9 +59,9 @@ def test_an_interrupted_scoring_asks_only_for_the_batches_that_are_missing(
     def scored(at: Path) -> tuple[list[Score], Any]:
         with (
             unfinished.unfinished_work(at, at / "tmp", "00000", "key", {}),
-            RewardSet([FunctionReward(reward, name="r")], batch_size=4) as panel,
+            RewardSet([FunctionReward(reward, name="r")], batch_size=4) as rewards,
         ):
-            return panel.score(batch(10)), panel.extras
+            return rewards.score(batch(10)), rewards.extras
 
     whole = scored(tmp_path / "whole")
     calls = len(asked)
@@ -210,8 +210,8 @@ def test_an_async_reward_that_blocks_the_loop_times_out_and_the_next_call_has_a_
             time.sleep(3)
         return [1.0] * len(completions)
 
-    with RewardSet([FunctionReward(reward)], timeouts=0.2) as panel:
-        first, second = panel.score(batch(1))[0], panel.score(batch(1))[0]
+    with RewardSet([FunctionReward(reward)], timeouts=0.2) as rewards:
+        first, second = rewards.score(batch(1))[0], rewards.score(batch(1))[0]
     assert first.status is ScoreStatus.TIMEOUT
     assert "blocked the loop" in first.parts["reward"].detail
     assert second.value == 1.0
@@ -252,10 +252,10 @@ def test_what_rewards_log_is_kept_sample_by_sample_and_metrics_are_averaged() ->
         log_metric("length", len(completions))
         return [0.0] * len(completions)
 
-    with RewardSet([FunctionReward(reward)], batch_size=2) as panel:
-        panel.score(batch(5))
-        assert panel.extras.columns == {"said": ["A0", "A1", None, None, "A4"]}
-        assert panel.extras.metrics == {"length": 1.5}
+    with RewardSet([FunctionReward(reward)], batch_size=2) as rewards:
+        rewards.score(batch(5))
+        assert rewards.extras.columns == {"said": ["A0", "A1", None, None, "A4"]}
+        assert rewards.extras.metrics == {"length": 1.5}
 
 
 def test_callables_run_off_the_main_thread_one_after_another() -> None:
@@ -292,10 +292,10 @@ def test_objects_partials_lambdas_and_our_own_rewards_are_taken_as_they_are() ->
         LengthReward(max=9),
         Judge("a0"),
     ]
-    with load_panel(RewardsConfig(), objects, weights=[1, 2, 4, 1, 1]) as panel:
-        assert panel.names == ("Judge", "_sleep", "lambda", "length", "Judge_2")
-        assert [s.value for s in panel.score(batch(2))] == [4.0, 4.0]
-        assert panel.score(batch(3))[2].value == 3.0
+    with load_rewards(RewardsConfig(), objects, weights=[1, 2, 4, 1, 1]) as rewards:
+        assert rewards.names == ("Judge", "_sleep", "lambda", "length", "Judge_2")
+        assert [s.value for s in rewards.score(batch(2))] == [4.0, 4.0]
+        assert rewards.score(batch(3))[2].value == 3.0
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, math.nan]])
@@ -306,8 +306,8 @@ def test_weights_must_match_the_rewards_and_be_finite(weights: list[float]) -> N
 
 def test_the_reward_set_s_fingerprint_follows_names_weights_and_rewards() -> None:
     def of(*rewards: Any, **options: Any) -> str:
-        with RewardSet(list(rewards), **options) as panel:
-            return panel.fingerprint
+        with RewardSet(list(rewards), **options) as reward_set:
+            return reward_set.fingerprint
 
     one = LengthReward(max=3)
     prints = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from raftune.results.summary import rows_of, seconds_by_round
+from raftune.results.summary import rows_of, seconds_by_round, seconds_by_stage
 from raftune.runtime import progress
 from raftune.runtime.progress import Progress, RoundTable, StagePace
 from raftune.runtime.run import run
@@ -200,6 +200,7 @@ def test_the_time_of_a_round_counts_what_earlier_sessions_spent_on_it() -> None:
         event("stage_end", 2, "generate", 1.0),
     ]
     assert seconds_by_round(events) == {1: 5.0 + 9.0 + 4.0, 2: 1.0}
+    assert seconds_by_stage(events) == {1: {"generate": 18.0}, 2: {"generate": 1.0}}
 
 
 @pytest.mark.slow

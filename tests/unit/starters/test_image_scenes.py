@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from raftune.starters.image import judge, prompts
-from raftune.starters.image.judge import all_right, compared
-from raftune.starters.image.pictures import (
+from raftune.starters.image.images import (
     ANY_RADIUS,
     BACKGROUNDS,
     COLOURS,
@@ -25,6 +24,7 @@ from raftune.starters.image.pictures import (
     scene_of,
     scenes,
 )
+from raftune.starters.image.judge import all_right, compared
 from tools.starters.image.corruptions import WAYS, spoiled
 
 SPLITS: tuple[ImageSplit, ...] = ("train", "heldout", "unseen")

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, CLIPModel
 from raftune.rewards.builtin.aesthetic import AestheticReward
 from raftune.rewards.builtin.clip_score import ClipScoreReward
 from raftune.starters import image
+from raftune.starters.image.images import ANY_RADIUS, ATTRIBUTES, SCENES, as_image, paint
 from raftune.starters.image.judge import all_right
-from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, as_image, paint
 from tools.starters.image.captions import LENGTH
 from tools.starters.image.corruptions import spoiled
 
@@ -68,8 +68,8 @@ def test_a_policy_errs_and_leaves_headroom_that_eight_samples_can_find(name: str
     pipe.set_progress_bar_config(disable=True)
     captions = [caption for caption in image.prompts("heldout", 8, 5) for _ in range(8)]
     seeds = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
-    drawn = pipe(captions, num_inference_steps=12, guidance_scale=1.0, generator=seeds, **options).images
-    right_NK = np.array(all_right(captions, drawn), dtype=float).reshape(8, 8)
+    generated = pipe(captions, num_inference_steps=12, guidance_scale=1.0, generator=seeds, **options).images
+    right_NK = np.array(all_right(captions, generated), dtype=float).reshape(8, 8)
     assert 0.05 < right_NK.mean() < 0.6
     assert right_NK.max(1).mean() > 0.5
 

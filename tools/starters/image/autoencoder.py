@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from raftune.starters.image.pictures import ANY_RADIUS, SCENES, SIZE, Pixels, paint
+from raftune.starters.image.images import ANY_RADIUS, SCENES, SIZE, Pixels, paint
 from tools.starters.optimizer import Optimizer, emit
 
 

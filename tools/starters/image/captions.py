@@ -7,7 +7,7 @@ from typing import Final
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from raftune.starters.image.pictures import ATTRIBUTES
+from raftune.starters.image.images import ATTRIBUTES
 
 LENGTH: Final = 20  # tokens: a caption has 13, "a spoiled picture of …" 17, the special two counted
 SPOILED: Final = "a spoiled picture of "

@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from raftune.starters.image.pictures import SIZE, Pixels, Scene, paint
+from raftune.starters.image.images import SIZE, Pixels, Scene, paint
 
 Spoil = Callable[[Pixels, np.random.Generator], Pixels]
 

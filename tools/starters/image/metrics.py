@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from raftune.starters.image.classifier import SceneClassifier
-from raftune.starters.image.pictures import ANY_RADIUS, ATTRIBUTES, SCENES, ImageSplit, Pixels, Scene, paint, scenes
+from raftune.starters.image.images import ANY_RADIUS, ATTRIBUTES, SCENES, ImageSplit, Pixels, Scene, paint, scenes
 from tools.starters.image.autoencoder import as_tensor, reconstruct
 from tools.starters.image.captions import tokenizer
 from tools.starters.image.train_judges import aesthetic_data, grained

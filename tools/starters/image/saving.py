@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel
 
 from raftune.starters.image.classifier import SceneClassifier
-from raftune.starters.image.pictures import ATTRIBUTES, SIZE
+from raftune.starters.image.images import ATTRIBUTES, SIZE
 from raftune.store.files import dump_json
 from tools.starters.image.captions import tokenizer
 

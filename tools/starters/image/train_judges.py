@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from raftune.arrays import IntArray
 from raftune.starters.image.classifier import COUNTS, SceneClassifier
-from raftune.starters.image.pictures import ANY_RADIUS, COLOURS, SCENES, SHAPES, SIZE, Pixels, Scene, paint
+from raftune.starters.image.images import ANY_RADIUS, COLOURS, SCENES, SHAPES, SIZE, Pixels, Scene, paint
 from tools.starters.image.autoencoder import as_tensor, decode, encode, reconstruct
 from tools.starters.image.captions import SPOILED, text_config, tokenizer
 from tools.starters.image.corruptions import spoiled

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from raftune.starters.image.pictures import SIZE, USUAL_RADIUS, paint, scenes
+from raftune.starters.image.images import SIZE, USUAL_RADIUS, paint, scenes
 from tools.starters.image.autoencoder import encode
 from tools.starters.image.captions import LENGTH, silent_encoder, silent_tokenizer, text_config, tokenizer
 from tools.starters.optimizer import Optimizer, emit

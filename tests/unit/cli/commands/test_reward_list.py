@@ -11,14 +11,14 @@ from raftune.cli import main
 from raftune.config.extensions import with_options
 from raftune.errors import ConfigError, RewardError
 from raftune.rewards.loading import load_reward
-from raftune.rewards.registry import BUILT_IN
+from raftune.rewards.registry import built_in
 
 DOCS = Path(__file__).parents[4] / "docs"
 
 
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize("name", sorted(built_in()))
 def test_the_example_of_a_built_in_reward_works_and_every_option_says_what_it_means(name: str) -> None:
-    reward = BUILT_IN[name]
+    reward = built_in()[name]
     given = with_options(reward, name, "options", dict(reward.example))
     for key, value in reward.example.items():
         assert getattr(given, key) == (tuple(value) if isinstance(value, list) else value)
@@ -31,7 +31,7 @@ def test_the_example_of_a_built_in_reward_works_and_every_option_says_what_it_me
 def test_the_list_as_json_has_name_type_default_and_meaning_of_each_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reward", "list", "--json"]) == 0
     listed = {reward["name"]: reward for reward in json.loads(capsys.readouterr().out)}
-    assert set(listed) == set(BUILT_IN)
+    assert set(listed) == set(built_in())
     options = {option["name"]: option for option in listed["regex"]["options"]}
     assert options["pattern"]["required"] and options["pattern"]["type"] == "text"
     assert (options["match"]["default"], options["match"]["type"]) == (1.0, "number")
@@ -60,3 +60,8 @@ def test_a_guessed_name_is_reported_in_one_sentence_that_points_to_the_list() ->
     said = str(error.value)
     assert "no reward 'politeness'" in said and "raftune reward list" in said
     assert len(said) < 250 and "https" not in said and "Check your internet connection" not in said
+
+
+def test_a_built_in_reward_is_checked_with_the_options_of_its_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "check", "length"]) == 0
+    assert 'with the options of its example: {"target": 20}' in capsys.readouterr().out

@@ -265,10 +265,10 @@ def test_tools_reach_the_template_in_every_stage_and_in_fine_tuning(tmp_path: Pa
             "sampling": {"max_completion_length": 4},
         }
         run(config(tmp_path / "run", model, **settings), PythonObjects(rewards=[length]))
-        drawn = len(told)
+        generated = len(told)
         sections = {"data": {"path": str(tmp_path / "rows.jsonl")}, "policy": {"model": str(model)}}
         learned = sft(validate_as(SftConfig, {"output_dir": str(tmp_path / "sft"), "threads": 1, **sections}))
-    assert drawn > 8 and len(told) > drawn + 8
+    assert generated > 8 and len(told) > generated + 8
     assert all(text.startswith(json.dumps([TOOL])) for text in told)
     assert json.loads((learned.root / "prompts.jsonl").read_text().splitlines()[0])["tools"] == [TOOL]
 

@@ -159,9 +159,9 @@ def test_greedy_samples_of_an_adapter_are_those_of_peft(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "r.parquet", [{"prompt": t, "completion_ids": [9, 70, 71, 2]} for t in TEXTS])
     out = tmp_path / "round-0001" / "model"
     policy.train(rows, tmp_path / "work", out)
-    drawn = CausalLM.load(policy.config, out, tmp_path / "round-0000" / "model").generate(chunk_of(TEXTS, k=1))
+    generated = CausalLM.load(policy.config, out, tmp_path / "round-0000" / "model").generate(chunk_of(TEXTS, k=1))
     plain = AutoPeftModelForCausalLM.from_pretrained(out).eval()
-    for text, sample in zip(TEXTS, drawn, strict=True):
+    for text, sample in zip(TEXTS, generated, strict=True):
         ids = torch.tensor([policy.tokenizer(text)["input_ids"]])
         full = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
         assert full[0, ids.shape[1] :].tolist() == sample.payload["completion_ids"]

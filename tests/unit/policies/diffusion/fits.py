@@ -48,10 +48,10 @@ def parts(
     policy = {name: given.pop(name) for name in list(given) if name in DiffusionPolicy.model_fields}
     guidance = {"guidance_scale": 1.0} if kind in UNGUIDED else {}
     size = {"height": SIZE, "width": SIZE} if kind in ("flux", "pixart") else {}  # which think of themselves as larger
-    drawn = DiffusionSampling(num_inference_steps=2, **size, **guidance)
+    generated = DiffusionSampling(num_inference_steps=2, **size, **guidance)
     return Parts(
         DiffusionPolicy(**{"model": str(model), "device": "cpu", "adapter": adapter, **policy}),
-        SamplingConfig(diffusion=drawn),
+        SamplingConfig(diffusion=generated),
         TrainingConfig(diffusion=DiffusionTraining(**denoising), **given),
         seed,
     )

@@ -38,8 +38,8 @@ def plainly(model: Path, text: str, seed: int, **options: Any) -> Any:
     with quiet():
         pipe = DiffusionPipeline.from_pretrained(model)
         pipe.set_progress_bar_config(disable=True)
-        drawn = pipe(text, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, **options)
-    return drawn.images[0]
+        generated = pipe(text, generator=torch.Generator().manual_seed(seed), num_inference_steps=2, **options)
+    return generated.images[0]
 
 
 @pytest.mark.slow

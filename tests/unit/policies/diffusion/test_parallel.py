@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raftune.errors import OutOfMemory
-from raftune.policies.diffusion.images import batches, lanes, lanes_for
+from raftune.policies.diffusion.images import batches, parallel, parallel_for
 from raftune.policies.diffusion.pipelines.base import PipelineAdapter, PipelineCall
 from raftune.store import interruption, partial
 from tests.pipelines import save_tiny
@@ -87,10 +87,10 @@ def test_every_call_has_its_share_of_the_threads_and_torch_has_them_all_afterwar
         both.wait(timeout=60)
         return torch.get_num_threads()
 
-    with lanes(2) as mapped:
+    with parallel(2) as mapped:
         assert list(mapped(seen, range(2))) == [1, 1]
     assert torch.get_num_threads() == 2
-    with lanes(1) as mapped:
+    with parallel(1) as mapped:
         assert list(mapped(lambda _: torch.get_num_threads(), range(1))) == [2]
 
 
@@ -134,11 +134,11 @@ def test_one_batch_at_a_time_where_batches_would_meet_in_the_weights_or_on_an_ac
     def call(**kwargs: Any) -> PipelineCall:
         return PipelineCall(16, 16, 2, 1.0, kwargs)
 
-    assert lanes_for(binding, call(), CPU, 8) == 2
-    assert lanes_for(binding, call(max_sequence_length=8), CPU, 8) == 2
-    assert lanes_for(binding, call(), CPU, 1) == 1
-    assert lanes_for(binding, call(cross_attention_kwargs={"scale": 0.5}), CPU, 8) == 1
-    assert lanes_for(binding, call(), torch.device("cuda"), 8) == 1
+    assert parallel_for(binding, call(), CPU, 8) == 2
+    assert parallel_for(binding, call(max_sequence_length=8), CPU, 8) == 2
+    assert parallel_for(binding, call(), CPU, 1) == 1
+    assert parallel_for(binding, call(cross_attention_kwargs={"scale": 0.5}), CPU, 8) == 1
+    assert parallel_for(binding, call(), torch.device("cuda"), 8) == 1
 
 
 @pytest.mark.slow
@@ -160,7 +160,9 @@ def test_a_vae_that_is_converted_while_it_decodes_serves_one_batch_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("raftune.policies.diffusion.images.lanes", lambda count: seen.append(count) or lanes(count))
+    monkeypatch.setattr(
+        "raftune.policies.diffusion.images.parallel", lambda count: seen.append(count) or parallel(count)
+    )
     drawer = policy(save_tiny("sdxl", tmp_path / "sdxl"), tmp_path, "sdxl")
     drawer.generate(chunk(TEXTS, batch_size=4))
     monkeypatch.setattr(PipelineAdapter, "overflows", True)

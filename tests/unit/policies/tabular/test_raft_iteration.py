@@ -90,9 +90,9 @@ def test_samples_follow_the_softmax() -> None:
     asked = Recorder()
     raft_iteration(LOGITS, [0, 1], asked, n_candidates=40000, rng=2)
     # Standard error of a frequency at most ½/√40000 = 0.0025.
-    drawn = np.zeros((2, 3))
-    np.add.at(drawn, tuple(np.array(asked.asked).T), 1 / 40000)
-    np.testing.assert_allclose(drawn, softmax(LOGITS), atol=5 * 0.0025)
+    generated = np.zeros((2, 3))
+    np.add.at(generated, tuple(np.array(asked.asked).T), 1 / 40000)
+    np.testing.assert_allclose(generated, softmax(LOGITS), atol=5 * 0.0025)
 
 
 @pytest.mark.parametrize(

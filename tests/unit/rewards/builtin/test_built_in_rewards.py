@@ -12,7 +12,7 @@ from raftune.rewards.builtin.answer import AnswerReward, boxed, canonical, last_
 from raftune.rewards.builtin.length import LengthReward
 from raftune.rewards.builtin.regex import RegexReward
 from raftune.rewards.builtin.repetition import RepetitionReward
-from raftune.rewards.registry import BUILT_IN, BuiltInReward, builtin
+from raftune.rewards.registry import BuiltInReward, built_in, builtin
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_mistake_in_the_declaration_of_a_built_in_reward_is_named(
     reward: Any = type("New", (BuiltInReward,), {"__doc__": doc, "__annotations__": {"size": int}, "size": 1})
     with pytest.raises(TypeError, match=fix):
         builtin(name, media=media, example={})(dataclass(reward) if is_dataclass else reward)
-    assert "new" not in BUILT_IN
+    assert "new" not in built_in()
 
 
 def values(reward: Any, completions: list[Any], **columns: Any) -> list[float | None]:

@@ -21,7 +21,7 @@ from transformers import (
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
 from raftune.records import ScoreStatus
-from raftune.rewards import RewardBatch, load_panel, load_reward
+from raftune.rewards import RewardBatch, load_reward, load_rewards
 
 torch.set_num_threads(1)
 WORDS = ["<pad>", "<s>", "</s>", "[CLS]", "<unk>", "user", "assistant", ":", *"abcdefghijklmnopqrstuvwxyz"]
@@ -173,16 +173,16 @@ def test_the_padding_that_a_model_reads_is_part_of_its_fingerprint(tmp_path: Pat
     for pad in (None, 0, 9):
         model = llama()
         model.config.pad_token_id = pad
-        with load_panel(RewardsConfig(), [model], tokenizers=[tokenizer()]) as panel:
-            found.add(panel.fingerprint)
+        with load_rewards(RewardsConfig(), [model], tokenizers=[tokenizer()]) as rewards:
+            found.add(rewards.fingerprint)
     assert len(found) == 3
 
 
 def test_a_model_object_is_scored_with_a_copy_of_its_tokenizer() -> None:
     model, words = llama(), tokenizer(pad=False)
-    with load_panel(RewardsConfig(), [model], tokenizers=[words]) as panel:
-        scores = panel.score(RewardBatch(PROMPTS, COMPLETIONS))
-        assert panel.names == ("LlamaForSequenceClassification",)
+    with load_rewards(RewardsConfig(), [model], tokenizers=[words]) as rewards:
+        scores = rewards.score(RewardBatch(PROMPTS, COMPLETIONS))
+        assert rewards.names == ("LlamaForSequenceClassification",)
     assert [s.value for s in scores] == pytest.approx(
         [float(logits(llama(), p + c)[0]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)], abs=1e-5
     )
@@ -192,14 +192,14 @@ def test_a_model_object_is_scored_with_a_copy_of_its_tokenizer() -> None:
 def test_a_model_with_nan_weights_gives_invalid_scores(tmp_path: Path) -> None:
     model = llama()
     torch.nn.init.constant_(model.score.weight, float("nan"))
-    with load_panel(RewardsConfig(reward_funcs=(saved(tmp_path, model, tokenizer()),))) as panel:
-        assert {s.status for s in panel.score(RewardBatch(PROMPTS, COMPLETIONS))} == {ScoreStatus.INVALID}
+    with load_rewards(RewardsConfig(reward_funcs=(saved(tmp_path, model, tokenizer()),))) as rewards:
+        assert {s.status for s in rewards.score(RewardBatch(PROMPTS, COMPLETIONS))} == {ScoreStatus.INVALID}
 
 
 def test_messages_for_a_model_without_a_template_are_an_error_with_the_way_out(two: str) -> None:
     config = RewardsConfig(reward_funcs=(RewardSpec(spec=two, options={"label": 1}),))
-    with load_panel(config) as panel:
-        score = panel.score(
+    with load_rewards(config) as rewards:
+        score = rewards.score(
             RewardBatch([[{"role": "user", "content": "a"}]], [[{"role": "assistant", "content": "b"}]])
         )[0]
     assert score.status is ScoreStatus.ERROR
@@ -230,7 +230,7 @@ def test_a_model_without_the_weights_of_its_head_is_refused(tmp_path: Path) -> N
     llama().model.save_pretrained(tmp_path / "body")
     (tmp_path / "body" / "model.safetensors").replace(tmp_path / "model.safetensors")
     with pytest.raises(RewardError, match=r"its files lack '.*'; its numbers would be random"):
-        load_panel(RewardsConfig(reward_funcs=(spec,))).score(RewardBatch(["a"], ["b"]))
+        load_rewards(RewardsConfig(reward_funcs=(spec,))).score(RewardBatch(["a"], ["b"]))
 
 
 def test_the_fingerprint_follows_weights_and_options_and_is_the_same_for_equal_ones(
@@ -247,10 +247,10 @@ def test_the_fingerprint_follows_weights_and_options_and_is_the_same_for_equal_o
 
 
 def test_released_weights_are_read_again_when_needed(folder: str) -> None:
-    with load_panel(RewardsConfig(reward_funcs=(folder,))) as panel:
-        before = panel.score(RewardBatch(PROMPTS, COMPLETIONS))
-        panel.release()
-        assert panel.score(RewardBatch(PROMPTS, COMPLETIONS)) == before
+    with load_rewards(RewardsConfig(reward_funcs=(folder,))) as rewards:
+        before = rewards.score(RewardBatch(PROMPTS, COMPLETIONS))
+        rewards.release()
+        assert rewards.score(RewardBatch(PROMPTS, COMPLETIONS)) == before
 
 
 def test_the_folder_that_reward_train_wrote_is_a_spec_of_its_model(tmp_path: Path) -> None:

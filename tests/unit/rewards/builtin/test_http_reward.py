@@ -15,7 +15,7 @@ import pytest
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError
 from raftune.records import ScoreStatus
-from raftune.rewards import RewardBatch, load_panel, load_reward
+from raftune.rewards import RewardBatch, load_reward, load_rewards
 from raftune.rewards.check import example_images
 from tests.runs.http_judge import judging
 
@@ -28,8 +28,8 @@ def server() -> Iterator[str]:
 
 def scores_from(url: str, batch: RewardBatch, timeout: float = 10.0, retries: int = 0, **options: Any) -> list[Any]:
     spec = RewardSpec(spec="http", options={"url": url, **options})
-    with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=timeout, retries=retries)) as panel:
-        return [(score.value, score.status, score.parts["http"].detail) for score in panel.score(batch)]
+    with load_rewards(RewardsConfig(reward_funcs=(spec,), timeout=timeout, retries=retries)) as rewards:
+        return [(score.value, score.status, score.parts["http"].detail) for score in rewards.score(batch)]
 
 
 def texts(size: int = 5) -> RewardBatch:

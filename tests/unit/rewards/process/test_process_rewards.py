@@ -18,7 +18,7 @@ import pytest
 from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.errors import ConfigError, RewardError
 from raftune.records import ScoreStatus
-from raftune.rewards import RewardBatch, load_panel, load_reward
+from raftune.rewards import RewardBatch, load_reward, load_rewards
 from raftune.rewards.process.client import ProcessReward
 from raftune.rewards.process.protocol import batch_from, batch_table
 from raftune.rewards.resolve import resolve
@@ -61,7 +61,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reward_set(file: Path) -> Iterator[Any]:
-    with load_panel(RewardsConfig(reward_funcs=(f"{file}:act",), timeout=2.0)) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=(f"{file}:act",), timeout=2.0)) as reward_set:
         yield reward_set
 
 
@@ -97,7 +97,7 @@ def test_a_process_that_was_killed_between_calls_is_replaced(reward_set: Any) ->
 
 @pytest.mark.slow
 def test_a_reward_that_holds_the_interpreters_lock_is_ended_all_the_same(file: Path) -> None:
-    with load_panel(RewardsConfig(reward_funcs=({"spec": f"{file}:act", "timeout": 0.5},))) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=({"spec": f"{file}:act", "timeout": 0.5},))) as reward_set:
         before = pid(reward_set)
         assert reward_set.score(batch_of("hold the lock"))[0].status is ScoreStatus.TIMEOUT
         assert not alive(before)
@@ -157,9 +157,9 @@ def test_time_limits_by_signal_work_inside_the_reward(file: Path) -> None:
 def test_the_process_ends_when_its_input_closes_even_in_the_middle_of_a_call(file: Path) -> None:
     code = (
         "import os, sys; from raftune.rewards import *; from raftune.config.rewards import RewardsConfig\n"
-        f"panel = load_panel(RewardsConfig(reward_funcs=({str(file)!r} + ':act',)))\n"
-        "print(int(panel.score(RewardBatch(['q'], ['a'], {'act': ['pid']}))[0].value), flush=True)\n"
-        "panel.score(RewardBatch(['q'], ['a'], {'act': ['sleep']}))\n"
+        f"rewards = load_rewards(RewardsConfig(reward_funcs=({str(file)!r} + ':act',)))\n"
+        "print(int(rewards.score(RewardBatch(['q'], ['a'], {'act': ['pid']}))[0].value), flush=True)\n"
+        "rewards.score(RewardBatch(['q'], ['a'], {'act': ['sleep']}))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -177,7 +177,7 @@ def test_the_process_ends_when_its_input_closes_even_in_the_middle_of_a_call(fil
 @pytest.mark.slow
 def test_a_patterns_catastrophe_costs_its_call_only() -> None:
     config = RewardsConfig(reward_funcs=({"spec": "regex", "options": {"pattern": "(a+)+$"}},), timeout=0.5)
-    with load_panel(config) as reward_set:
+    with load_rewards(config) as reward_set:
         statuses = [reward_set.score(RewardBatch(["q"], [text]))[0].status for text in ("aaa", "a" * 64 + "b", "aaa")]
     assert statuses == [ScoreStatus.OK, ScoreStatus.TIMEOUT, ScoreStatus.OK]
 
@@ -186,7 +186,7 @@ def test_a_patterns_catastrophe_costs_its_call_only() -> None:
 def test_code_that_changes_while_the_run_goes_on_ends_it_when_the_process_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "changing.py"
     path.write_text(FILE)
-    with load_panel(RewardsConfig(reward_funcs=(f"{path}:act",))) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=(f"{path}:act",))) as reward_set:
         reward_set.score(batch_of("leave"))
         path.write_text(FILE + "\n# changed\n")
         with pytest.raises(RewardError, match="its code changed while the run was going"):

@@ -16,7 +16,7 @@ from raftune.config.rewards import RewardsConfig, RewardSpec
 from raftune.engines.process import HEAD, Channel, InvalidFrame, marked
 from raftune.errors import RewardError
 from raftune.records import ScoreStatus
-from raftune.rewards import RewardBatch, RewardSet, load_panel, load_reward
+from raftune.rewards import RewardBatch, RewardSet, load_reward, load_rewards
 from raftune.rewards.process import executors
 from tests.unit.rewards.process.test_process_rewards import alive
 
@@ -102,7 +102,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reward_set(spec: str) -> Iterator[RewardSet]:
-    with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=20.0)) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=(spec,), timeout=20.0)) as reward_set:
         yield reward_set
 
 
@@ -170,7 +170,7 @@ def test_a_reward_that_leaves_a_daemon_and_hangs_ends_at_its_limit_and_so_does_t
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DAEMON_FILE", str(tmp_path / "daemon"))
-    with load_panel(RewardsConfig(reward_funcs=(spec,), timeout=1.0)) as reward_set:
+    with load_rewards(RewardsConfig(reward_funcs=(spec,), timeout=1.0)) as reward_set:
         mark = reward_set.rewards[reward_set.names[0]]._process.mark
         began = time.monotonic()
         assert reward_set.score(batch_of("daemon", 0, tmp_path / "mark"))[0].status is ScoreStatus.TIMEOUT
@@ -187,9 +187,9 @@ def test_a_standard_error_that_takes_nothing_costs_no_score(spec: str, tmp_path:
     code = (
         "import sys, json; from pathlib import Path; from raftune.rewards import *\n"
         "from raftune.config.rewards import RewardsConfig\n"
-        f"panel = load_panel(RewardsConfig(reward_funcs=({spec!r},)))\n"
+        f"rewards = load_rewards(RewardsConfig(reward_funcs=({spec!r},)))\n"
         f"columns = {{'act': ['print'], 'mark': [{str(tmp_path / 'mark')!r}]}}\n"
-        "values = [panel.score(RewardBatch(['q'], [str(n)], columns))[0].value for n in range(2)]\n"
+        "values = [rewards.score(RewardBatch(['q'], [str(n)], columns))[0].value for n in range(2)]\n"
         "Path(sys.argv[1]).write_text(json.dumps(values))\n"
     )
     (tmp_path / "score.py").write_text(code)

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from raftune.starters import image
-from raftune.starters.image.pictures import ANY_RADIUS, SCENES, SHAPES, paint, scenes
+from raftune.starters.image.images import ANY_RADIUS, SCENES, SHAPES, paint, scenes
 from tools.starters.image import build
 from tools.starters.image.autoencoder import AutoencoderRecipe, centre, encode, reconstruct, train_autoencoder
 from tools.starters.image.captions import LENGTH, SPOILED, tokenizer, words

@@ -25,12 +25,12 @@ COUNTS = (2, 1, 3, 0, 2, 4)
 SETTINGS = SamplingParams(max_completion_length=25, eos_ids=(2, 5), batch_size=6)
 
 
-def ids_of(drawn: Sequence[Sequence[GeneratedCompletion]]) -> list[list[list[int]]]:
-    return [[sample.ids for sample in group] for group in drawn]
+def ids_of(generated: Sequence[Sequence[GeneratedCompletion]]) -> list[list[list[int]]]:
+    return [[sample.ids for sample in group] for group in generated]
 
 
-def flat(drawn: Sequence[Sequence[GeneratedCompletion]]) -> list[GeneratedCompletion]:
-    return [sample for group in drawn for sample in group]
+def flat(generated: Sequence[Sequence[GeneratedCompletion]]) -> list[GeneratedCompletion]:
+    return [sample for group in generated for sample in group]
 
 
 # --- the distribution -------------------------------------------------------------------------------------------------
@@ -76,9 +76,9 @@ def test_pairs_of_tokens_have_the_distribution_of_generate(path: str, name: str)
     settings = replace(WARPS[name], max_completion_length=2, batch_size=1000)
     first = next_by_generate(model, prompt, settings)
     expected = torch.stack([first[token] * next_by_generate(model, [*prompt, token], settings) for token in range(FEW)])
-    drawn = generate(model, None, [prompt], [list(range(draws))], settings, path)
+    generated = generate(model, None, [prompt], [list(range(draws))], settings, path)
     counts = np.zeros((FEW, FEW))
-    for sample in drawn[0]:
+    for sample in generated[0]:
         counts[tuple(sample.ids)] += 1
     bound = np.sqrt(np.log(2 * FEW**2 / 1e-6) / (2 * draws))
     assert np.abs(counts / draws - expected.numpy()).max() < bound
@@ -129,11 +129,11 @@ def test_another_seed_generates_another_completion() -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_every_eos_id_ends_a_completion_and_belongs_to_it(path: str) -> None:
     settings = SamplingParams(max_completion_length=25, eos_ids=(2, 5, 8, 13, 21))
-    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*[8] * 6), settings, path)
-    ended = [sample.ids for group in drawn for sample in group if sample.finish == "eos"]
+    generated = generate(llama(), None, prompts(*LENGTHS), seeds(*[8] * 6), settings, path)
+    ended = [sample.ids for group in generated for sample in group if sample.finish == "eos"]
     assert len({ids[-1] for ids in ended}) > 2
     assert all(ids[-1] in settings.eos_ids and not set(ids[:-1]) & set(settings.eos_ids) for ids in ended)
-    rest = [sample for group in drawn for sample in group if sample.finish != "eos"]
+    rest = [sample for group in generated for sample in group if sample.finish != "eos"]
     assert rest
     assert all(
         len(sample.ids) == 25 and sample.finish == "length" and not set(sample.ids) & {2, 5, 8, 13, 21}
@@ -143,18 +143,20 @@ def test_every_eos_id_ends_a_completion_and_belongs_to_it(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_groups_of_different_sizes_keep_their_order(path: str) -> None:
-    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), SETTINGS, path)
-    assert [len(group) for group in drawn] == list(COUNTS)
+    generated = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), SETTINGS, path)
+    assert [len(group) for group in generated] == list(COUNTS)
     assert generate(llama(), None, [], [], SETTINGS, path) == []
     assert generate(llama(), None, prompts(3, 3), [[], []], SETTINGS, path) == [[], []]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_completion_is_longer_than_asked(path: str) -> None:
-    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), SamplingParams(max_completion_length=1), path)
+    generated = generate(
+        llama(), None, prompts(*LENGTHS), seeds(*COUNTS), SamplingParams(max_completion_length=1), path
+    )
     assert all(
         len(sample.ids) == len(sample.logprobs) == 1 and sample.finish == "length"
-        for group in drawn
+        for group in generated
         for sample in group
     )
 
@@ -163,17 +165,17 @@ def test_no_completion_is_longer_than_asked(path: str) -> None:
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_the_context_limits_a_completion(path: str, model: Any) -> None:
     settings = SamplingParams(max_completion_length=40, batch_size=8)
-    drawn = generate(
+    generated = generate(
         model(), None, prompts(5, CONTEXT - 20, CONTEXT - 1, CONTEXT - 40, 9), seeds(*[2] * 5), settings, path
     )
-    assert [[len(sample.ids) for sample in group] for group in drawn] == [
+    assert [[len(sample.ids) for sample in group] for group in generated] == [
         [40] * 2,
         [20] * 2,
         [1] * 2,
         [40] * 2,
         [40] * 2,
     ]
-    assert all(sample.finish == "length" for group in drawn for sample in group)
+    assert all(sample.finish == "length" for group in generated for sample in group)
 
 
 def test_a_prompt_that_fills_the_context_or_is_empty_is_refused() -> None:
@@ -227,8 +229,8 @@ def test_a_stop_string_longer_than_one_token_is_found_late_in_a_long_text() -> N
 
 def test_an_eos_counts_before_a_stop_string() -> None:
     settings = SamplingParams(max_completion_length=40, eos_ids=(4,), stop_strings=("e",))  # 4 is the letter e
-    drawn = generate(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
-    assert {sample.finish for sample in drawn[0]} == {"eos"}
+    generated = generate(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
+    assert {sample.finish for sample in generated[0]} == {"eos"}
 
 
 # --- what belongs to generate alone -----------------------------------------------------------------------------------
@@ -237,8 +239,8 @@ def test_an_eos_counts_before_a_stop_string() -> None:
 def test_beam_search_returns_generates_own_beams() -> None:
     model, asked = llama(), prompts(5, 8)
     settings = SamplingParams(max_completion_length=9, eos_ids=(2,), generation_kwargs={"num_beams": 4})
-    drawn = generate(model, None, asked, seeds(3, 3), settings)
-    for prompt, group in zip(asked, drawn, strict=True):
+    generated = generate(model, None, asked, seeds(3, 3), settings)
+    for prompt, group in zip(asked, generated, strict=True):
         ids = torch.tensor([prompt])
         beams = model.generate(
             input_ids=ids,
@@ -262,12 +264,12 @@ def test_beam_search_returns_generates_own_beams() -> None:
 def test_other_options_of_generate_take_effect_and_can_be_repeated() -> None:
     settings = SamplingParams(max_completion_length=30, temperature=0.3, generation_kwargs={"no_repeat_ngram_size": 1})
     asked, noise = prompts(*LENGTHS), seeds(*COUNTS)
-    drawn = generate(llama(), None, asked, noise, settings)
-    assert all(len(set(sample.ids)) == len(sample.ids) == 30 for group in drawn for sample in group)
-    assert [len(group) for group in drawn] == list(COUNTS)
+    generated = generate(llama(), None, asked, noise, settings)
+    assert all(len(set(sample.ids)) == len(sample.ids) == 30 for group in generated for sample in group)
+    assert [len(group) for group in generated] == list(COUNTS)
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
-    assert generate(llama(), None, asked, noise, settings) == drawn
+    assert generate(llama(), None, asked, noise, settings) == generated
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -275,9 +277,9 @@ def test_stop_strings_hold_under_options_of_generate() -> None:
     settings = SamplingParams(
         max_completion_length=40, stop_strings=("e",), generation_kwargs={"no_repeat_ngram_size": 3}
     )
-    drawn = generate(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
-    assert all(sample.ids.index(4) == len(sample.ids) - 1 for sample in drawn[0] if sample.finish == "stop")
-    assert any(sample.finish == "stop" for sample in drawn[0])
+    generated = generate(lettered(), characters(12), [[3, 1, 4]], seeds(20), settings)
+    assert all(sample.ids.index(4) == len(sample.ids) - 1 for sample in generated[0] if sample.finish == "stop")
+    assert any(sample.finish == "stop" for sample in generated[0])
 
 
 def test_options_that_generate_refuses_are_named() -> None:
@@ -327,8 +329,8 @@ def test_memory_that_runs_out_is_an_error_with_the_batch_size_and_releases_the_t
 
 
 def test_the_vocabulary_bounds_every_token() -> None:
-    drawn = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), replace(SETTINGS, temperature=50.0))
-    tokens = [token for group in drawn for sample in group for token in sample.ids]
+    generated = generate(llama(), None, prompts(*LENGTHS), seeds(*COUNTS), replace(SETTINGS, temperature=50.0))
+    tokens = [token for group in generated for sample in group for token in sample.ids]
     assert min(tokens) >= 0
     assert max(tokens) < VOCABULARY
     assert len(set(tokens)) > 50

@@ -56,10 +56,10 @@ def greedy_by_generate(model: nn.Module, prompt: list[int]) -> list[int]:
 def assert_greedy_is_that_of_generate(model: nn.Module, wanted: str) -> list[list[GeneratedCompletion]]:
     path, reason = path_of(model, GREEDY, max(LENGTHS))
     assert path == wanted, reason
-    drawn = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
-    for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
+    generated = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
+    for prompt, group in zip(prompts(*LENGTHS), generated, strict=True):
         assert [sample.ids for sample in group] == [greedy_by_generate(model, prompt)] * len(group)
-    return drawn
+    return generated
 
 
 @pytest.mark.parametrize("name", FORKED)
@@ -73,8 +73,8 @@ def test_a_model_without_shared_prefix_support_samples_through_generate(name: st
 
 
 def test_a_lora_adapter_takes_part() -> None:
-    drawn = assert_greedy_is_that_of_generate(lora(llama()), "forked")
-    assert drawn != generate(llama(), None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
+    generated = assert_greedy_is_that_of_generate(lora(llama()), "forked")
+    assert generated != generate(llama(), None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
 
 
 def whole_forward(model: nn.Module, prompt: list[int], ids: list[int]) -> Tensor:
@@ -87,8 +87,8 @@ def whole_forward(model: nn.Module, prompt: list[int], ids: list[int]) -> Tensor
 def test_log_probabilities_are_those_of_a_forward_over_the_whole_sequence(name: str) -> None:
     model = FORKED[name]()
     settings = SamplingParams(temperature=1.5, max_completion_length=30, eos_ids=(2, 5), batch_size=7)
-    drawn = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
-    for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
+    generated = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
+    for prompt, group in zip(prompts(*LENGTHS), generated, strict=True):
         for sample in group:
             expected = whole_forward(model, prompt, sample.ids)
             assert torch.allclose(torch.tensor(sample.logprobs), expected, atol=1e-4)
@@ -120,8 +120,8 @@ def test_a_prompt_is_computed_once_for_all_its_completions_and_an_ended_row_neve
     model = llama()
     counted = Counted(model)
     settings = SamplingParams(max_completion_length=40, eos_ids=(2, 5, 6, 7, 8, 9), batch_size=12)
-    drawn = generate(model, None, prompts(*[4, 8] * 10), seeds(*[4] * 20), settings, "forked")
-    lengths = [len(sample.ids) for group in drawn for sample in group]
+    generated = generate(model, None, prompts(*[4, 8] * 10), seeds(*[4] * 20), settings, "forked")
+    lengths = [len(sample.ids) for group in generated for sample in group]
     assert counted.prompts == 20
     assert counted.steps == sum(lengths) - len(
         lengths
@@ -146,8 +146,8 @@ def test_half_precision_samples_what_its_own_forward_finds_likely() -> None:
     settings = SamplingParams(max_completion_length=20, eos_ids=(2,))
     path, reason = path_of(model, settings)
     assert path == "forked", reason
-    drawn = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
-    for prompt, group in zip(prompts(*LENGTHS), drawn, strict=True):
+    generated = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
+    for prompt, group in zip(prompts(*LENGTHS), generated, strict=True):
         for sample in group:
             expected = whole_forward(model, prompt, sample.ids)
             assert (torch.tensor(sample.logprobs) - expected).abs().mean() < 0.15
@@ -200,6 +200,6 @@ def test_weights_can_still_be_trained_after_generation() -> None:
 def test_dropout_is_off_while_sampling() -> None:
     model: Callable[[], PreTrainedModel] = lambda: llama(attention_dropout=0.5)  # noqa: E731
     settings = SamplingParams(max_completion_length=12)
-    drawn = generate(model().train(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
-    assert drawn == generate(model().eval(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
-    assert max(token for group in drawn for sample in group for token in sample.ids) < VOCABULARY
+    generated = generate(model().train(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
+    assert generated == generate(model().eval(), None, prompts(5, 6), seeds(2, 2), settings, "forked")
+    assert max(token for group in generated for sample in group for token in sample.ids) < VOCABULARY

@@ -245,20 +245,20 @@ class RewardSet:
 
 
 def incompatible_rewards(
-    panel: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs"
+    rewards: RewardSet, media: str, family: str, field: str = "rewards.reward_funcs"
 ) -> Iterator[str]:
     """A sentence for each reward of the set that cannot read what a policy of this medium and family makes."""
-    for name, scored, medium in incompatible(panel.rewards, media):
+    for name, scored, medium in incompatible(rewards.rewards, media):
         yield (
             f"{field}: {name} scores {scored}, and policy.family: {family} makes {medium}. Name a reward for {medium}, "
             "or a policy of the other kind."
         )
 
 
-def lacking(panel: RewardSet, columns: Collection[str], prompts: str, field: str) -> Iterator[str]:
+def lacking(rewards: RewardSet, columns: Collection[str], prompts: str, field: str) -> Iterator[str]:
     """A sentence for each reward of the set that needs a column which these prompts lack, and so can score nothing."""
     columns = sorted({*columns} - RESERVED - {"prompt_id"})
-    for name, reward in panel.rewards.items():
+    for name, reward in rewards.rewards.items():
         if missing := sorted(reward.needs.difference(columns)):
             yield (
                 f"{field}: {name} needs {missing[0]!r}, which is no column of {prompts}; there are: "
