@@ -218,7 +218,7 @@ WRONG = {
         {},
         r"decide of bad\.py:Short must take .*; it takes \(self, pool\)",
     ),
-    "an option": ("near_best.py:NearBest", {"withn": 1}, r"selection\.options: near_best.*no option 'withn'.*mean 'within'"),
+    "an option": ("near_best.py:NearBest", {"withn": 1}, r"near_best\.py:NearBest .* option 'withn'.*mean 'within'"),
     "a value": ("near_best.py:NearBest", {"within": "far"}, r"selection\.options\.within of near_best.*got 'far'"),
     "an error": ("raises.py:Rule", {}, r"raises\.py, line 1 raised ZeroDivisionError"),
 }
