@@ -15,6 +15,7 @@ import pyarrow as pa
 from raftune.config.run import RunConfig
 from raftune.errors import DataError, ModelError
 from raftune.planning.probe import SECONDS, Emit, ProbeResult, ProbeRun, probe, seconds_by_stage
+from raftune.planning.sharing import Sharing
 from raftune.policies.footprint import DiskForecast, Footprint, MemoryPeaks, RoundAmounts, rows_of_round
 from raftune.protocols import Policy, SupportsPromptCheck
 from raftune.results.summary import overlap_words, read_json, rows_of
@@ -57,6 +58,7 @@ class Forecast:
     done: int | None
     prompts: PromptCounts
     amounts: RoundAmounts
+    sharing: Sharing
     model: Footprint
     work: Any
     memory: Any
@@ -112,11 +114,13 @@ def forecast(
         notes = [*(facts.get("notes", []) if isinstance(facts, dict) else []), *left_out, *policy.notes()]
         notes += [model.not_tried, *remarks(config, prompts, planned), *model.remarks(config, prompts.longest)]
         result, peaks, times, fit = None, None, None, None
+        sharing = Sharing.of(config, planned, str(getattr(model, "device", "cpu")))
+        notes += sharing.remarks(config, planned.prompts) if config.num_rounds else []
         rows = min(config.sampling.chunk_size, planned.prompts) * config.sampling.num_generations
         if measured and not model.not_tried:
             result = probe(runtime, data, Path(scratch) / "probe", trial)
             peaks = model.peaks(result.drawing, result.training, config, longest, rows)
-            times = seconds_by_stage(result, planned, runtime)
+            times = seconds_by_stage(result, planned, runtime, sharing.times)
             notes += result.notes
             if "training" in times and planned.rounds:
                 fit = times["training"] / planned.rounds
@@ -125,6 +129,7 @@ def forecast(
             done=done,
             prompts=prompts,
             amounts=planned,
+            sharing=sharing,
             model=model,
             work=model.work(config, planned),
             memory=model.memory(config, longest, rows),

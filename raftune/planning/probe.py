@@ -86,6 +86,7 @@ class ProbeResult:
     generation: str = ""  # how it generates, in words, where there are several ways
     drawing: MeasuredPeak | None = None
     training: MeasuredPeak | None = None
+    comparing: MeasuredPeak | None = None  # log-probabilities
 
 
 class TimeUp(KeyboardInterrupt):
@@ -270,9 +271,11 @@ class Measurements:
         seconds = 0.0
         if isinstance(policy, SupportsLogProbs):
             batch, few = config.sampling.batch_size, min(LEAST, len(owners))
+            memory = MemoryMeter()
             seconds = timed(lambda: policy.log_probs(owners[:few], samples.slice(0, few), batch))[0] / few
             if seconds * len(owners) <= trial.share(LOGP):
                 seconds = timed(lambda: policy.log_probs(owners, samples, batch))[0] / len(owners)
+            result.comparing = memory.peak(samples, min(batch, len(owners)))
         result.logp = LinearTime(0.0, seconds * self.longer)
         trial.check()
         if config.num_rounds:
@@ -481,8 +484,11 @@ def mean_tokens(samples: pa.Table) -> float:
     return sum(lengths) / len(lengths)
 
 
-def seconds_by_stage(result: ProbeResult, planned: RoundAmounts, runtime: Runtime) -> dict[str, float]:
-    """Seconds of the whole run by kind of work, in this process; without the kinds that were not measured."""
+def seconds_by_stage(
+    result: ProbeResult, planned: RoundAmounts, runtime: Runtime, times: float = 1.0
+) -> dict[str, float]:
+    """Seconds of the whole run by kind of work; without the kinds that were not measured. `times`: how many times as
+    fast as this process all workers together are, where there are chunks."""
     config, rounds = runtime.config, planned.rounds
     width = config.sampling.batch_size
     judged = (rounds + 1) * planned.judged
@@ -492,12 +498,14 @@ def seconds_by_stage(result: ProbeResult, planned: RoundAmounts, runtime: Runtim
     batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     seconds: dict[str, float] = {}
     if result.generate is not None:
-        seconds["generating"] = (result.load or 0.0) * (2 * rounds + 1) + result.generate.of(planned.samples, batches)
+        generating = result.generate.of(planned.samples, batches)
+        seconds["generating"] = (result.load or 0.0) * (2 * rounds + 1) + generating / times
     if result.score is not None:
         seconds["scoring"] = result.score.of(rounds * planned.competing + judged)
         seconds["scoring"] += result.judge.of(judged) if result.judge is not None else 0.0
+        seconds["scoring"] /= times
     if result.logp is not None:
-        seconds["log-probabilities"] = result.logp.of(compared, 0)
+        seconds["log-probabilities"] = result.logp.of(compared, 0) / times
     if result.train is not None:
         seconds["training"] = result.train.of(rounds * planned.steps * batch, rounds)
     return seconds

@@ -88,11 +88,16 @@ def lines(config: RunConfig, forecast: Forecast) -> list[tuple[str, str]]:
                 (("generating", peaks.drawing), ("training", peaks.training)),
             )
         )
+        compared = probe.comparing if probe is not None else None
+        if compared is not None and ("log-probabilities" in (forecast.seconds or {})):
+            in_probe += f", log-probabilities {megabytes(compared.most)}"
         missing = "; that of training was not measured" if config.num_rounds and peaks.training is None else ""
         measured = f"measured in the probe, with all that was loaded: {in_probe}{missing}"
         words.append(("memory", f"{run} at most; {measured}"))
     elif forecast.memory:
         words.append(("memory", forecast.memory.describe()))
+    if (sharing := forecast.sharing).workers > 1:
+        words.append(("workers", sharing.describe(peaks.run_drawing if peaks is not None else None)))
     if probe is not None and probe.generation:
         words.append(("generation", probe.generation))
     if forecast.seconds is not None:

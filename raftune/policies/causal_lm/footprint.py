@@ -21,6 +21,7 @@ from raftune.policies.footprint import (
 from raftune.policies.model_files import read_reference
 from raftune.sanitize import megabytes
 
+FOUR_BITS = 0.516  # bytes of a weight in NF4 with double quantisation, its share of the scales included
 LOGITS = 16  # bytes of a logit while a token is chosen: the logit, its share in float32, and sums in float64
 
 
@@ -62,6 +63,7 @@ class ModelFootprint(Footprint):
     vocabulary: int
     context: int | None
     device: str
+    in_four_bits: int = 0  # of the parameters
 
     model_key: ClassVar[str] = "model"
     memory_key: ClassVar[str] = "memory"
@@ -94,6 +96,7 @@ class ModelFootprint(Footprint):
             vocabulary=facts["vocabulary"],
             context=facts["context"],
             device=str(choose_device(config.device)),
+            in_four_bits=_quantised(_without_memory(config, model, False)) if config.load_in_4bit else 0,
         )
 
     @classmethod
@@ -148,9 +151,8 @@ class ModelFootprint(Footprint):
 
     def memory(self, config: RunConfig, longest_prompt: int = 0, rows: int = 0) -> TextMemory:
         alive = min(config.sampling.batch_size, rows)
-        four_bits = getattr(config.policy, "load_in_4bit", False)
         return TextMemory(
-            weights=self.parameters // 2 if four_bits else self.parameters * self.weight,
+            weights=self.held,
             cache=alive * self.length(config, longest_prompt) * self.cached_token,
             trained_state=self.saved * (1 + ADAM),
         )
@@ -169,7 +171,7 @@ class ModelFootprint(Footprint):
             run_drawing = drawing.most + int(max(0, cached) * self.cached_token + max(0, logits))
         if training is not None:
             batch = config.training.per_device_train_batch_size
-            held = self.parameters * self.weight + self.saved * (1 + ADAM)
+            held = self.held + self.saved * (1 + ADAM)
             activations = max(0, training.most - training.before - held)
             times = batch * longest / max(1.0, training.rows * (prompt + training.tokens))
             run_training = training.most + int(activations * max(0.0, times - 1))
@@ -178,12 +180,25 @@ class ModelFootprint(Footprint):
         )
 
     @property
+    def held(self) -> int:
+        """Bytes of the weights in memory."""
+        return int((self.parameters - self.in_four_bits) * self.weight + self.in_four_bits * FOUR_BITS)
+
+    @property
     def saved(self) -> int:
         return self.trained * self.trained_weight
 
     def sample_bytes(self, config: RunConfig, planned: RoundAmounts, sample: float | None) -> tuple[int, int]:
         content = config.sampling.max_completion_length * PER_TOKEN if sample is None else sample
         return super().sample_bytes(config, planned, content)
+
+
+def _quantised(model: Any) -> int:
+    """Parameters that QLoRA holds in 4 bits: those of linear layers, the output layer left out."""
+    from torch.nn import Linear
+
+    layers = (module for module in model.modules() if isinstance(module, Linear))
+    return sum(layer.weight.numel() for layer in layers if layer is not model.get_output_embeddings())
 
 
 def _without_memory(config: CausalLMPolicy, model_config: Any, adapted: bool) -> Any:

@@ -152,6 +152,16 @@ def test_an_adapter_over_bfloat16_weights_is_float32() -> None:
     assert model.memory(config(), longest_prompt=10, rows=1).training == 2000 + 3 * 400
 
 
+def test_weights_in_four_bits_take_what_the_loaded_model_takes(folder: Path) -> None:
+    changes = {"adapter": {"r": 2}, "load_in_4bit": True}
+    model = planned(folder, policy={"model": str(folder / "model"), **changes}).model
+    assert isinstance(model, ModelFootprint) and model.parameters > model.in_four_bits > 0
+    config = validate({"data": {"prompts": "p"}, "policy": {"model": str(folder / "model"), **changes}})
+    weights = loading.load_weights(config.policy, config.policy.model, None, torch.device("cpu"))
+    actual = sum(weight.nbytes for weight in weights.parameters())
+    assert actual <= model.held <= 1.03 * actual
+
+
 def test_checkpoints_are_counted_where_a_fit_takes_longer_than_a_minute_or_is_asked_for_them() -> None:
     planned_ = amounts(config(prompts_per_round=100, training={"per_device_train_batch_size": 1}), 1000, 0)
     assert MODEL.disk(config(), planned_, fit=59.0).checkpoints == 0
