@@ -37,6 +37,10 @@ class ModelError(RaftuneError):
     """A model or tokenizer cannot be loaded, or its weights cannot be used."""
 
 
+class NotFinite(ModelError):
+    """A loss, a gradient or a trained weight is NaN or infinite: of several processes, every one raises it."""
+
+
 class OutOfMemory(ModelError):
     """Out of memory with `batch_size` rows."""
 

@@ -201,6 +201,13 @@ class SupportsTrainer(Protocol):
 
 
 @runtime_checkable
+class SupportsProcesses(Protocol):
+    """A family whose `train` runs through raftune.training.fit, and so on several processes at once."""
+
+    parallel: frozenset[str]  # how: ddp, fsdp
+
+
+@runtime_checkable
 class SupportsDescription(Protocol):
     """A family that describes its samples and their options; the default is completions and temperature."""
 
@@ -387,6 +394,7 @@ class StageBase(ABC):
     whole: tuple[str, ...] = ()  # those of `reads` of which every column is needed
     grows = False  # whether later versions add fields and inputs, which leaves older rounds valid
     scratch: Path | None = None  # deleted once the stage is committed
+    unkeyed: frozenset[str] = frozenset()  # fields of the sections in `fields` that do not enter the key
 
     def fingerprints(self) -> Mapping[str, str]:
         """What shapes the stage besides fields and inputs: the hash of a reward's code, of a model's weights."""

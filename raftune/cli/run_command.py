@@ -12,6 +12,7 @@ from raftune.config.run import RunConfig, held_out_names
 from raftune.loop import RunOutcome
 from raftune.report import NAME as REPORT
 from raftune.results.summary import alarms_of
+from raftune.runtime.distributed import launched
 from raftune.runtime.progress import Progress
 from raftune.runtime.run import root_of, run
 from raftune.sanitize import shell_command
@@ -29,7 +30,11 @@ def work(config: RunConfig, redo: str | None = None, *, only: str | None = None,
 
 def run_with_progress(config: RunConfig, redo: str | None = None, only: str | None = None) -> tuple[RunOutcome, bool]:
     """Runs the configuration with progress on stderr. Returns the outcome, and whether anything had to be done."""
-    with interruptible(root_of(config)) as watch, Progress(held_out=held_out_names(config)) as progress:
+    with (
+        launched(config),
+        interruptible(root_of(config)) as watch,
+        Progress(held_out=held_out_names(config)) as progress,
+    ):
 
         def observe(kind: str, facts: dict[str, Any]) -> None:
             progress(kind, facts)

@@ -16,6 +16,8 @@ TRAINER_KWARGS = (
     "dataloader_drop_last",
 )
 
+SHARING = frozenset({"processes", "parallel"})  # fields that say who trains, and not what
+
 
 class ReferenceConfig(ConfigSection):
     """Reference completions that are mixed into every round's rows, against forgetting."""
@@ -77,6 +79,13 @@ class TrainingConfig(ConfigSection):
     reference: ReferenceConfig | None = Field(None, description="Reference completions that are mixed in.")
     diffusion: DiffusionTraining = Field(default_factory=DiffusionTraining)
     """Options of the denoising loss."""
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Processes that train together, each on a GPU of its own (or a share of the CPU's threads); auto: one for each
+    visible GPU. They share the rows of a step: its size stays per_device_train_batch_size x
+    gradient_accumulation_steps."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What processes hold: ddp, each the whole model; fsdp, each a shard of it (FSDP2), for models larger than a
+    GPU."""
     save_steps: int | None = Field(None, ge=1)
     """Optimizer steps between additional checkpoints; one a minute is always saved."""
     bf16: bool = Field(False, description="bfloat16 arithmetic over float32 weights (CUDA).")

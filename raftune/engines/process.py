@@ -139,10 +139,7 @@ class ChildProcess:
         self._number = 0
         self._reason = ""
         self._ended = threading.Event()
-        # The folder of a raftune that is not installed (a checkout) must be on the child's path.
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [] if root == sysconfig.get_paths()["purelib"] else [root, os.environ.get("PYTHONPATH", "")]
-        path = {"PYTHONPATH": os.pathsep.join(filter(None, paths))} if paths else {}
+        path = import_path()
         added = {**path, **(environment or {}), MARK: self.mark}
         opened: list[int] = []
         try:
@@ -252,6 +249,14 @@ class ChildProcess:
 def greeting_of(mark: str) -> bytes:
     """What a child whose channel is its standard output writes there first, after what its launcher wrote."""
     return f"\nraftune:{mark}\n".encode()
+
+
+def import_path() -> dict[str, str]:
+    """The environment by which a child finds this raftune, also one that is not installed (a checkout)."""
+    root = str(Path(__file__).resolve().parents[2])
+    if root == sysconfig.get_paths()["purelib"]:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))}
 
 
 def open_pipe() -> tuple[int, int]:

@@ -20,7 +20,7 @@ from raftune.reward_models.examples import FeedbackExample
 from raftune.sanitize import first_line
 from raftune.store import interruption
 from raftune.training.checkpoints import STATE, CheckpointCallback, newest_verified
-from raftune.training.fit import LengthGroupedSampler, one_process_arguments
+from raftune.training.fit import LengthGroupedSampler, trainer_arguments
 from raftune.training.quiet import quiet
 
 IDENTITY = "reward model"  # the configuration and the rows of a folder are checked before
@@ -169,8 +169,9 @@ def _trainer(
         "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type "
         "warmup_steps weight_decay max_grad_norm seed bf16 gradient_checkpointing"
     )
-    args = one_process_arguments(
+    args = trainer_arguments(
         "A reward model",
+        1,
         work,
         config.save_steps,
         **{name: getattr(config, name) for name in names.split()},

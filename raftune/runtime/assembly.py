@@ -15,6 +15,7 @@ from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig, held_out_names
 from raftune.config.sampling import backend_code
 from raftune.engines.local import InProcessEngine, make_engine
+from raftune.engines.training import Result
 from raftune.errors import ConfigError
 from raftune.evaluation.alarms import RoundMonitor
 from raftune.evaluation.images import looked_at
@@ -40,6 +41,7 @@ from raftune.protocols import (
 from raftune.records import LATENTS
 from raftune.rewards.combining import with_counts
 from raftune.rewards.reward_set import RewardSet, lacking
+from raftune.runtime.distributed import trainer_for
 from raftune.stages.data import DataStage
 from raftune.stages.evaluate import EvaluateStage, FeaturesStage
 from raftune.stages.gather import GatherStage
@@ -221,8 +223,21 @@ class Runtime:
         limit = config.rewards.max_failure_fraction
         stages.append(SelectStage(config.selection, seed=config.seed, round_=round_, shards=shards, max_failures=limit))
         stages.append(GatherStage(self.policies, config.training, seed=config.seed, round_=round_, shards=shards))
-        stages.append(TrainStage(self.policies, config.training, self.run.folder(round_, "train")))
+        stages.append(TrainStage(self.policies, config.training, self.run.folder(round_, "train"), self._train()))
         return stages
+
+    def _train(self) -> Callable[[Path, Path, Path, Path], Result] | None:
+        """How several processes train, after this one has made room for them; None where one does."""
+        train = trainer_for(self.config, self.run.folder(0, "model"))
+        if train is None:
+            return None
+
+        def with_room(folder: Path, rows: Path, work: Path, out: Path) -> Result:
+            self.policies.release()
+            self._release_rewards()
+            return train(folder, rows, work, out)
+
+        return with_room
 
     def _score_stage(
         self, round_: int, scorer: Callable[[], RewardSet], plan: str, shards: tuple[str, ...], writes: str

@@ -17,6 +17,7 @@ from raftune.protocols import SupportsBackends, SupportsObjectives, SupportsProm
 from raftune.records import LATENTS
 from raftune.rewards.reward_set import incompatible_rewards
 from raftune.runtime.assembly import CONDENSE, TEXTS, Runtime
+from raftune.runtime.distributed import check_processes, launched_processes
 from raftune.selection import load_rule
 from raftune.stages.gather import prompts_of, reference_rows
 from raftune.store.parquet import column_names
@@ -175,17 +176,21 @@ def _training(runtime: Runtime) -> Iterator[str]:
             f"training.objective must be sft for policy.family: {config.policy.family}, whose loss is its own; "
             f"got {training.objective!r}. Leave it out, or choose causal_lm."
         )
+    if config.num_rounds:
+        yield from check_processes(config, runtime.family)
     if not isinstance(runtime.family, SupportsTrainer) or not config.num_rounds:
         return
     if runtime.run.is_committed(config.num_rounds, "model"):  # training is done
         return
     from raftune.training.devices import choose_device
     from raftune.training.fit import MicroBatch, arguments
+    from raftune.training.processes import training_together
 
     size = MicroBatch(training.per_device_train_batch_size, training.gradient_accumulation_steps)
     device = choose_device(getattr(config.policy, "device", "cpu"))
     try:
-        arguments(training, size, runtime.run.root, device, config.seed)
+        with training_together(launched_processes()):
+            arguments(training, size, runtime.run.root, device, config.seed)
     except ConfigError as error:
         yield str(error)
     for package, pattern in OPTIMIZERS.items():

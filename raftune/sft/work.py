@@ -23,15 +23,16 @@ import pyarrow as pa
 from raftune.config.run import DataConfig, EngineConfig, RunConfig
 from raftune.config.sampling import DiffusionSampling, SamplingConfig
 from raftune.config.sft import SftConfig
-from raftune.config.training import SftTraining
+from raftune.config.training import SHARING, SftTraining
 from raftune.data.feedback import choose, read_demonstrations
 from raftune.data.rows import Demonstration, SkippedRow, write_skipped
-from raftune.errors import ConfigChanged, DataError, OutOfMemory, TooLong
+from raftune.errors import ConfigChanged, ConfigError, DataError, OutOfMemory, TooLong
 from raftune.policies.registry import family_of, start_policy
 from raftune.protocols import Callback, Policy, SupportsLogProbs, SupportsTruncation
 from raftune.records import TOOLS, JsonType, Prompt, derive_seed, prompt_ids, table_of
 from raftune.results.summary import loss_ends
 from raftune.runtime.assembly import limit_threads
+from raftune.runtime.distributed import check_processes, trainer_for
 from raftune.starters.resolve import resolve_starters
 from raftune.store.committed import check_folder, write_manifest
 from raftune.store.files import discard, dump_json, publish_directory, sha256_of, stage_file, unique, write_json
@@ -41,6 +42,7 @@ from raftune.store.run import RunFolder
 from raftune.store.training_folder import DATA, HELD_OUT, REPORT, SKIPPED, open_training
 
 ROWS, PARITY = "rows.parquet", "parity.json"
+WITHOUT_EFFECT = frozenset({"output_dir", *(f"training.{name}" for name in SHARING)})
 ENCODED_AT_ONCE = 1024
 MESSAGE = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 
@@ -65,7 +67,8 @@ def sft(config: SftConfig, observe: Callback = lambda kind, facts: None) -> SftO
     def has_work(root: Path) -> bool:
         return (root / DATA).exists()
 
-    with open_training(config, "raftune sft", has_work=has_work, stale=("start",)) as folder:
+    options: Any = {"has_work": has_work, "stale": ("start",), "without_effect": WITHOUT_EFFECT}
+    with open_training(config, "raftune sft", **options) as folder:
         worked = SftRun(folder, config, observe).work()
     return SftOutcome(folder.root, json.loads((folder.root / REPORT).read_bytes()), worked)
 
@@ -97,6 +100,8 @@ class SftRun:
             REPORT: self.write_report,
         }
         missing = {name: step for name, step in steps.items() if not (self.root / name).exists()}
+        if "model" in missing and (faults := [*check_processes(self.run, self.family)]):
+            raise ConfigError("\n".join(faults))
         if missing:
             limit_threads(self.run)
         if missing and "start" not in missing:
@@ -200,11 +205,19 @@ class SftRun:
 
     def train(self) -> None:
         """model/: the policy's own training, resumed from its checkpoints under train/."""
-        trained = self.new_folder()
-        policy: Any = self.policy(self.start)
-        takes_callbacks = "callbacks" in inspect.signature(policy.train).parameters
-        options = {"callbacks": [_step_callback(self.observe)]} if takes_callbacks else {}
-        report = policy.train(self.root / ROWS, self.root / "train", trained, **options)
+        trained, paths = self.new_folder(), (self.root / ROWS, self.root / "train")
+        policy: Any
+
+        def progress(done: int, of: int) -> None:
+            self.observe("trained", {"done": done, "of": of})
+
+        if (several := trainer_for(self.run, self.start, progress)) is not None:
+            report, _ = several(check_folder(self.start), *paths, trained)
+        else:
+            policy = self.policy(self.start)
+            takes_callbacks = "callbacks" in inspect.signature(policy.train).parameters
+            options = {"callbacks": [_step_callback(self.observe)]} if takes_callbacks else {}
+            report = policy.train(*paths, trained, **options)
         if getattr(self.run.policy, "adapter", None) is not None:  # exported, so that peft loads it from anywhere
             exported = self.new_folder()
             policy = self.policy(trained)

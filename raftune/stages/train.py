@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 
-from raftune.config.training import TrainingConfig
+from raftune.config.training import SHARING, TrainingConfig
 from raftune.protocols import PolicyProvider, SingleStage, StageInputs, TrainReport
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import dump_json
@@ -31,9 +31,17 @@ class TrainStage(SingleStage):
     name = "train"
     writes = "model"
     fields = ("training", "seed", "engine.threads")
+    unkeyed = SHARING  # a run goes on with other GPUs
 
-    def __init__(self, policies: PolicyProvider, config: TrainingConfig, work: Path) -> None:
-        self.policies, self.config = policies, config
+    def __init__(
+        self,
+        policies: PolicyProvider,
+        config: TrainingConfig,
+        work: Path,
+        train: Callable[[Path, Path, Path, Path], tuple[TrainReport, tuple[str, ...]]] | None = None,
+    ) -> None:
+        """train(folder, rows, work, out): trains the policy of a folder elsewhere; None: in this process."""
+        self.policies, self.config, self.train = policies, config, train
         self.work = self.scratch = work
         self.base = "model@-1" if config.start_from == "previous" else "model@0"
         self.reads = ("rows", *dict.fromkeys((self.base, "model@-1")))
@@ -55,6 +63,8 @@ class TrainStage(SingleStage):
                         shutil.copyfile(path, out / name)
             report = TrainReport(rows=0, steps=0, losses=(), details={NOTHING: why})
             notes: tuple[str, ...] = (f"{why}: the policy stays as it was",)
+        elif self.train is not None:
+            report, notes = self.train(inputs[self.base], rows, self.work, out)
         else:
             self.work.mkdir(parents=True, exist_ok=True)
             policy = self.policies.fresh(inputs[self.base])

@@ -32,6 +32,12 @@ def ask_to_stop() -> str | None:
         return "what was saved is kept"
 
 
+def promise() -> str | None:
+    """What is kept if the current work stops at its next step, in words; None where it does not stop by itself."""
+    stretches = _stretches[-1:]  # another thread may ask
+    return stretches[0]() if stretches else None
+
+
 def asked() -> bool:
     return _asked
 

@@ -75,6 +75,9 @@ def make_job(run: RunFolder, stage: Stage, round_: int, config: Mapping[str, Any
 def fields_of(stage: Stage, config: Mapping[str, Any]) -> dict[str, Any]:
     """The values that shape the stage, by their names."""
     fields = {name: dotted(config, name) for name in stage.fields}
+    for name, value in fields.items() if stage.unkeyed else ():
+        if isinstance(value, Mapping):
+            fields[name] = {key: part for key, part in value.items() if key not in stage.unkeyed}
     return fields | {f"hash of {name}": value for name, value in stage.fingerprints().items()}
 
 

@@ -31,13 +31,18 @@ def open_training(
     """Locks the directory of a training and writes its config.yaml.
 
     has_work: whether there is work that another configuration would throw away; without it another one replaces the
-    configuration and deletes what is `stale`. without_effect: fields on which no result depends. Raises StoreError
+    configuration and deletes what is `stale`. without_effect: fields, or fields of sections with a dot, on which no
+    result depends. Raises StoreError
     where the directory holds something else, ConfigChanged where there is work of another configuration.
     """
     folder = RunFolder(Path(config.output_dir).expanduser())
     root, path = folder.root, folder.root / CONFIG
     must = f"output_dir must be empty or hold an earlier `{command}`;"
-    options: Any = {"mode": "json", "exclude": set(without_effect)}
+    excluded: dict[str, Any] = {}
+    for name in without_effect:
+        section, _, field = name.partition(".")
+        excluded[section] = {*excluded.get(section, ()), field} if field else True
+    options: Any = {"mode": "json", "exclude": excluded}
     current, earlier = config.model_dump(**options), {}
     if path.is_file():  # checked before anything in the directory is touched
         try:

@@ -75,7 +75,7 @@ BORROWED: dict[str, tuple[Any, Any]] = {
 MAPPED = ("num_iterations", "max_prompt_length", "warmup_ratio", "no_cuda", "save_total_limit")
 
 _RATIO = "RAFT fine-tunes on the best of the K completions, so there is no policy ratio and no clipping"
-_ONE_DEVICE = "the run is one process on one device, with all of the model on it"
+_OWN_PROCESSES = "the script is one process; `processes` and `parallel` say how it trains on several GPUs"
 _ROUND_SIZE = "a round's size is prompts_per_round and num_generations"
 _NO_ENTROPY = "the loss has no entropy term; a higher temperature gives more variety among the K completions"
 _NO_REGEX = "completions cannot be constrained; give the format as a reward, such as the built-in `regex`"
@@ -93,7 +93,7 @@ WITHOUT: dict[str, str] = {
     "use_vllm": "there is no vLLM engine: raftune's own sampler generates, and shares each prompt's cache",
     **dict.fromkeys(("use_liger_kernel", "use_liger_loss"), "the loss reads the head at completion positions only"),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "models run uncompiled"),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _ONE_DEVICE),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _OWN_PROCESSES),
     "debug": "a round's training has no such instruments",
     "full_determinism": "runs are bit-identical on a CPU; for CUDA call torch.use_deterministic_algorithms(True)",
     "log_completions_hub_repo": "all samples lie as Parquet in the run; `raftune export` makes data sets of them",

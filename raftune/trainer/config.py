@@ -34,6 +34,7 @@ _SAME_NAME = {
         *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs"),
         *("max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16"),
         *("gradient_checkpointing", "save_steps", "mask_truncated_completions", "replay_rounds", "start_from"),
+        *("processes", "parallel"),
     ),
 }
 # From the flat name to the field of RunConfig.
@@ -151,6 +152,8 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
     learning_rate: float = _arg(1e-5, "Peak rate of each round's own schedule.")
     num_train_epochs: float = _arg(1.0, "Passes over the kept completions in each round.")
     max_steps: int = _arg(-1, "Optimizer steps in each round, in place of epochs; -1 is off.")
+    processes: int | str = _arg(1, "Processes that train together, a GPU for each; 'auto': one for each visible GPU.")
+    parallel: str = _arg("ddp", "What they hold: 'ddp', each the whole model, or 'fsdp', each a shard of it.")
     save_steps: float = _arg(100, "Optimizer steps between checkpoints inside a round.")
     mask_truncated_completions: bool = _arg(False, "Do not learn from completions that were cut off.")
     # -- what is shown --
@@ -181,7 +184,7 @@ class RaftConfig(BorrowedArguments, TrainingArguments):  # type: ignore[misc]
         if (count := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
             faults.append(
                 f"RaftTrainer must be one process; got WORLD_SIZE={count} from a launcher. Start the script with plain "
-                "`python`: it takes one device, and `workers=N` generates and scores in N local processes."
+                "`python`: it starts its own, `processes='auto'` to train on all GPUs, `workers=N` to generate."
             )
         faults += refused if self.strict else []
         hidden = {name: getattr(self, name) for name in _HIDDEN_FROM_TRANSFORMERS}

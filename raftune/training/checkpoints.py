@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -23,31 +24,56 @@ STATE = frozenset({"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_sta
 REQUIRED = STATE | {"weights.safetensors"}
 
 
+def required_files(processes: int, sharded: bool) -> frozenset[str]:
+    """The files of a checkpoint by so many processes: of each its random states, and its shards where it holds some."""
+    if processes == 1:
+        return REQUIRED
+    ranks = range(processes)
+    once = REQUIRED - {"rng_state.pth"} - ({"optimizer.pt", "weights.safetensors"} if sharded else set())
+    shards = {name for rank in ranks for name in (f"weights-{rank}.safetensors", f"optimizer-{rank}.pt")}
+    return once | {f"rng_state_{rank}.pth" for rank in ranks} | (shards if sharded else frozenset())
+
+
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Takes and seals a checkpoint about once a minute, and where a stop was requested; none after the last step, as
     the model itself is saved then. When it was taken leaves no trace in the result."""
 
     def __init__(self, identity: str, nbytes: int) -> None:
         """`nbytes`: about how much a checkpoint writes."""
-        self.identity, self.nbytes, self.pace, self.stopped = identity, nbytes, SavePace(), 0.0
+        self.identity, self.nbytes, self.pace = identity, nbytes, SavePace()
+        self.started, self.stop = 0.0, False
 
     def promise(self) -> str:
         """What a stop after the current step keeps, in words."""
         return self.pace.promise(lambda: self.nbytes)
 
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether a checkpoint is due, and whether a stop was requested."""
+        stop = interruption.asked()  # first: a request that comes in between is met after the next step
+        return self.pace.due(lambda: self.nbytes), stop
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.end_step(state, control, *self.wishes())
+
+    def end_step(self, state: Any, control: Any, save: bool, stop: bool) -> None:
+        """Saves if `save`, then stops if `stop`; after the last step neither."""
+        self.stop = stop and state.global_step < state.max_steps
         if state.global_step >= state.max_steps:
             control.should_save = False
             return
-        control.should_save |= self.pace.due(lambda: self.nbytes)
-        self.stopped = time.monotonic()
-        if not control.should_save:
+        control.should_save |= save
+        self.started = time.monotonic()
+        if self.stop and not control.should_save:
             interruption.raise_if_asked()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
-        self.pace.took(time.monotonic() - self.stopped, self.nbytes)
-        interruption.raise_if_asked()
+        self.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.pace.took(time.monotonic() - self.started, self.nbytes)
+        if self.stop:
+            interruption.raise_if_asked()
+
+    def seal(self, folder: Path) -> None:
+        seal(folder, self.identity)
 
 
 def identity(rows: Path, settings: str, seed: int) -> str:
@@ -73,9 +99,20 @@ def verifies(folder: Path, identity: str, required: frozenset[str] = REQUIRED) -
         files = manifest["files"]
         intact = manifest["identity"] == identity and files.keys() >= required
         intact = intact and all(sha256_of(folder / name) == content for name, content in files.items())
-        return intact and all(holds_no_code(folder / name) for name in STATE if not name.endswith(".json"))
+        return intact and all(holds_no_code(folder / name) for name in files if name.endswith((".pt", ".pth")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def of_other_processes(work: Path, identity: str) -> list[str]:
+    """The checkpoints of this fit by other processes: more, fewer, or ones that shared the model in another way."""
+    names = []
+    for path in sorted(work.glob(f"checkpoint-*/{MANIFEST}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = json.loads(path.read_text())["identity"]
+            if found != identity and found.partition("/")[0] == identity.partition("/")[0]:
+                names.append(path.parent.name)
+    return names
 
 
 def holds_no_code(path: Path) -> bool:

@@ -308,7 +308,7 @@ def break_interrupts() -> None:
 def break_checkpoints() -> None:
     """A fit goes on from the newest checkpoint by name, without the optimizer that it held."""
 
-    def newest(work: Path, identity: str) -> tuple[Path | None, list[str]]:
+    def newest(work: Path, identity: str, required: frozenset[str]) -> tuple[Path | None, list[str]]:
         paths = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         for path in paths[-1:]:
             (path / "optimizer.pt").unlink(missing_ok=True)

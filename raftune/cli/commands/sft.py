@@ -45,6 +45,7 @@ def sft(*words: Tokens, as_json: Json = False) -> None:
     """
     from raftune.config.load import load_as
     from raftune.config.sft import SftConfig
+    from raftune.runtime.distributed import launched
     from raftune.sft import sft as run_sft
 
     tokens = [in_full(word) for word in words]
@@ -52,7 +53,7 @@ def sft(*words: Tokens, as_json: Json = False) -> None:
     config = load_as(SftConfig, files, flags)
     root = Path(config.output_dir)
     kept = f"what is done is kept in {root}. The same command goes on with it."
-    with interruptible(root, kept) as watch, StepProgress() as steps:
+    with launched(config), interruptible(root, kept) as watch, StepProgress() as steps:
 
         def observe(kind: str, facts: dict[str, Any]) -> None:
             if kind == "step":

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from raftune.arrays import FloatArray
 from raftune.config.sampling import SamplingConfig, load_backend
+from raftune.config.training import SHARING
 from raftune.data.classifier_inputs import writes_date
 from raftune.errors import ConfigError, DataError
 from raftune.policies.causal_lm import loading
@@ -68,6 +69,7 @@ class CausalLM:
     media = "text"
     payload = PAYLOAD
     any_objective = uses_trainer = True
+    parallel = frozenset({"ddp", "fsdp"})
     footprint = ModelFootprint
 
     def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:
@@ -305,17 +307,19 @@ class CausalLM:
         from raftune.policies.causal_lm.sft_loss import batch_of, loss_of, read_rows
         from raftune.training.checkpoints import identity
         from raftune.training.fit import FitTask, fit
+        from raftune.training.processes import current
 
         self._model = None  # one large model at a time
         policy, training = self.config.policy, self.config.training
         data = read_rows(rows, self.encoder, training)
         seed, adapter_seed = derive_seed(self.config.seed, "tune", data.round), derive_seed(self.config.seed, "adapter")
-        settings = training.model_dump_json() + "".join(objective_code(training).values())
+        settings = training.model_dump_json(exclude={*SHARING}) + "".join(objective_code(training).values())
         probed, before = probe_rows(data.examples), list[list[float]]()
 
-        def load() -> Any:
-            model = loading.load_round(policy, self.folder, self.start_folder, self.device, adapter_seed)
-            before[:] = plain_log_probs(model, probed, self._pad_id)  # before any checkpoint is read into it
+        def load(device: torch.device) -> Any:
+            model = loading.load_round(policy, self.folder, self.start_folder, device, adapter_seed)
+            if current().first:
+                before[:] = plain_log_probs(model, probed, self._pad_id)  # before any checkpoint is read into it
             return model
 
         task = FitTask(

@@ -36,6 +36,7 @@ class Diffusion:
     media = "image"
     payload = PAYLOAD
     uses_trainer = True
+    parallel = frozenset({"ddp", "fsdp"})
     footprint = PipelineSize
 
     def __init__(self, config: FamilyConfig, folder: Path, start: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from transformers import TrainerCallback
 
-from raftune.config.training import DiffusionTraining
+from raftune.config.training import SHARING, DiffusionTraining
 from raftune.errors import DataError, OutOfMemory
 from raftune.policies.diffusion import lora
 from raftune.policies.diffusion.images import FIELDS, latents_of
@@ -273,13 +273,13 @@ def train(
     denoising = DenoisingLoss(policy.blank, schedule, training.diffusion, conditions, seed, StepCounter())
     objective = load_objective(training)
     task = FitTask(
-        load=lambda: trainee(policy),
+        load=lambda device: trainee(policy),
         rows=images.rows,
         lengths=[1] * len(images.rows),
         collate=batch_of,
         objective=lambda model: partial(objective.loss, replace(denoising, adapter=policy.bound(model.denoiser))),
         seed=seed,
-        identity=identity(rows, training.model_dump_json(), seed),
+        identity=identity(rows, training.model_dump_json(exclude={*SHARING}), seed),
         carried=read_optimizer(policy.folder) if training.optimizer_state == "carried" else None,
         callbacks=[denoising.clock, *callbacks],
         ema_decay=training.diffusion.ema_decay,

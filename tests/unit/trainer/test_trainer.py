@@ -75,6 +75,8 @@ CHANGED: dict[str, Any] = {
     "trust_remote_code": True,
     "empty_rounds": 1,
     "workers": 2,
+    "processes": 2,
+    "parallel": "fsdp",
 }
 
 

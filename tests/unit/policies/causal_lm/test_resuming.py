@@ -308,7 +308,7 @@ def test_several_processes_are_refused_and_several_gpus_are_not_split_over(
     assert found._n_gpu == 1
     assert found.train_batch_size == 4
     monkeypatch.setattr(fit.TrainingArguments, "world_size", property(lambda self: 2))
-    with pytest.raises(ConfigError, match="one process; a launcher began 2"):
+    with pytest.raises(ConfigError, match="1 process; a launcher began 2"):
         fit.arguments(config, size, tmp_path, torch.device("cpu"), 0)
 
 
