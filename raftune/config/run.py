@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,11 +34,15 @@ class EngineConfig(ConfigSection):
     """Where chunks run. The results do not depend on the number of workers."""
 
     shorthand: ClassVar[str] = "kind"
-    kind: str = Field("local", pattern=f"^local$|{SPEC}")
-    """local (this process, or `workers` processes), or a custom engine: file.py:NAME."""
+    kind: str = Field("local", pattern=f"^(local|ray)$|{SPEC}")
+    """local (this process, or `workers` processes), ray (actors of a Ray cluster), or a custom engine: file.py:NAME."""
     workers: int = Field(1, ge=1, description="Processes that generate and score; 1: this process only, if local.")
     launch: tuple[str, ...] = ()
     """Command that runs a local worker's own command, such as [srun, -n1, --gpus=1]; {slot} is the worker's number."""
+    address: str | None = None
+    """Ray only: auto (the cluster of this machine), HOST:PORT of a cluster, or local (start one here). None: auto."""
+    resources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Ray only: what each worker needs, such as {GPU: 1, CPU: 4}. CPU is 1 unless given."""
     start_timeout: float | None = Field(600.0, gt=0)
     """Seconds to wait for the first worker, which may be in a queue. none waits for good."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
@@ -52,10 +56,12 @@ class EngineConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _fields_belong_to_the_kind(self) -> EngineConfig:
-        if self.launch and self.kind != "local":
-            raise ValueError(
-                f"engine.launch is for engine.kind: local; got {self.launch!r} with {self.kind!r}. Leave it out."
-            )
+        for field, kind in (("launch", "local"), ("address", "ray"), ("resources", "ray")):
+            if (value := getattr(self, field)) and self.kind != kind:
+                raise ValueError(
+                    f"engine.{field} is for engine.kind: {kind}; got {value!r} with {self.kind!r}. Leave it out, or "
+                    f"write kind: {kind}."
+                )
         return self
 
     @model_validator(mode="after")

@@ -6,11 +6,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from raftune.config.extensions import load_extension, register
 from raftune.config.run import EngineConfig
 from raftune.engines.pool import FINAL, Reply, WorkerPool, set_aside
 from raftune.engines.process import ChildProcess, ProcessDied
@@ -118,26 +117,8 @@ def visible_gpus() -> list[str]:
     return names[:count]
 
 
-ENGINES: dict[str, Callable[[EngineConfig, Path], Engine]] = {}  # the built-in engines, by engine.kind
-METHODS = {"run": ("job", "stage", "chunks"), "rest": (), "close": ()}
-
-
-@register(ENGINES, "local")
 def local_engine(config: EngineConfig, root: Path) -> Engine:
+    """This process where it is the only one, else a pool of processes."""
     if config.workers == 1 and not config.launch:
         return InProcessEngine(config)
     return WorkerPool(config, root, LocalProcesses(config, root))
-
-
-def make_engine(config: EngineConfig, root: Path) -> Engine:
-    """The configured engine. Raises ConfigError if a custom one does not exist or lacks a method."""
-    if config.kind in ENGINES:
-        return ENGINES[config.kind](config, root)
-
-    def build(cls: type[Any]) -> Any:
-        return cls(config, root)
-
-    engine: Engine = load_extension(
-        config.kind, "engine.kind", {}, "engine.options", methods=METHODS, attributes=("failed",), made_by=build
-    )
-    return engine

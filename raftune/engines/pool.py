@@ -224,6 +224,7 @@ class WorkerPool:
             worker.close(CLOSING_SECONDS)
         else:
             worker.end()
+            wait([self.ready[slot]], timeout=30.0)  # its thread must have left the launcher's library
 
 
 class HasFailed(Protocol):

@@ -14,7 +14,8 @@ import pyarrow as pa
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig, held_out_names
 from raftune.config.sampling import backend_code
-from raftune.engines.local import InProcessEngine, make_engine
+from raftune.engines.local import InProcessEngine
+from raftune.engines.registry import make_engine
 from raftune.engines.training import Result
 from raftune.errors import ConfigError
 from raftune.evaluation.alarms import RoundMonitor

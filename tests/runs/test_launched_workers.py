@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import psutil
 import pytest
 import torch
 
-from raftune.config import validate
+from raftune.config import EngineConfig, validate
 from raftune.engines.local import LocalProcesses, WorkerProcess, visible_gpus
+from raftune.engines.pool import WorkerPool, versions
 from raftune.errors import ConfigError, EngineError
 from raftune.runtime.run import resume, run
+from raftune.runtime.worker import WorkerServer
 from raftune.store.run import RunFolder
 from tests.runs import tiny
-from tests.runs.crashing import ORDERS
 from tests.runs.kill import difference, tree
 from tests.runs.test_workers import (
     REPOSITORY,
@@ -185,7 +187,73 @@ def test_each_worker_slot_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pyt
 
 
 def test_fields_of_one_kind_of_engine_are_refused_with_another() -> None:
-    with pytest.raises(ConfigError, match=r"engine\.launch is for engine\.kind: local; .* 'mine.py:Engine'"):
-        section = {"kind": "mine.py:Engine", "launch": ["srun"]}
-        validate({"policy": {"family": "tabular"}, "data": {"prompts": "x"}, "engine": section})
-    assert ORDERS not in os.environ
+    for section, message in (
+        ({"kind": "ray", "launch": ["srun"]}, r"engine\.launch is for engine\.kind: local; .* 'ray'"),
+        ({"resources": {"GPU": 1}}, r"engine\.resources is for engine\.kind: ray; .* 'local'"),
+        ({"address": "auto"}, r"engine\.address is for engine\.kind: ray; .* 'local'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            validate({"policy": {"family": "tabular"}, "data": {"prompts": "x"}, "engine": section})
+
+
+class Devices(WorkerPool):
+    """Workers in threads of this process that claim to be on hosts a and b, with the devices of `engine.options`."""
+
+    def __init__(self, config: EngineConfig, root: Path) -> None:
+        both = threading.Barrier(2)
+
+        class Thread:
+            seconds = 0.0
+
+            def __init__(self, slot: int) -> None:
+                self.slot, self.server = slot, WorkerServer(str(root))
+
+            def request(self, request: dict[str, Any]) -> dict[str, Any]:
+                reply = self.server.answer(request)
+                if "start" not in request:
+                    return reply
+                both.wait(20)
+                return {"host": "ab"[self.slot], "device": config.options["devices"][self.slot]}
+
+            def end(self, reason: str = "") -> None: ...
+            def close(self, patience: float) -> None: ...
+
+        class Threads(LocalProcesses):
+            def start(self, slot: int) -> Any:
+                return Thread(slot)
+
+        super().__init__(config, root, Threads(config, root))
+
+
+def test_workers_on_different_devices_are_noted_and_those_without_a_gpu_among_others_refused(tmp_path: Path) -> None:
+    def on(name: str, *devices: str) -> list[str]:
+        notes: list[str] = []
+        kind = "tests.runs.test_launched_workers:Devices"
+        config = tiny.config(tmp_path / name, **settings(2, engine={"kind": kind, "options": {"devices": devices}}))
+        run(config, tiny.objects(), observe=lambda event, facts: notes.extend(facts.get("notes", ())))
+        return notes
+
+    assert on("same", "H100", "H100") == []
+    (note,) = on("mixed", "H100", "A100")
+    assert re.fullmatch(r"workers run on different devices \((a: H100, b: A100|b: A100, a: H100)\): a chunk .*", note)
+    with pytest.raises(EngineError, match=r"workers must all have a GPU or none; .* CPU x86_64.* {GPU: 1}"):
+        on("refused", "H100", "CPU x86_64")
+
+
+def test_a_worker_with_other_versions_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    run(tiny.config(root, **settings(1)), tiny.objects())
+    start = {"holder": None, "host": "driver", "versions": {**versions(), "torch": "1.0", "numpy": "1"}}
+    reply = WorkerServer(str(root)).answer({"start": start})
+    assert (reply["kind"], reply["final"]) == ("EngineError", True)
+    assert f"torch {versions()['torch']} instead of 1.0" in reply["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0, reason="no unshare")
+def test_a_worker_that_does_not_see_the_run_is_refused(tmp_path: Path) -> None:
+    root, script = tmp_path / "run", tmp_path / "elsewhere.sh"
+    script.write_text(f'#!/bin/sh\nshift\nexec unshare -m sh -c \'mount -t tmpfs none {root}; exec "$@"\' - "$@"\n')
+    script.chmod(0o755)
+    with pytest.raises(EngineError, match=rf"output_dir must be on a disk that all machines share; .* wrote in {root}"):
+        run(launched(root, script), tiny.objects())

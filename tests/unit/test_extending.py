@@ -19,7 +19,7 @@ from raftune.config.rewards import RewardSpec
 from raftune.config.sampling import SamplingConfig, load_backend
 from raftune.config.selection import CustomRule
 from raftune.config.training import CustomTraining
-from raftune.engines.local import make_engine
+from raftune.engines.registry import make_engine
 from raftune.errors import ConfigError, ExtensionError
 from raftune.policies.causal_lm import CausalLM
 from raftune.records import Prompt
