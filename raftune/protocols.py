@@ -168,6 +168,35 @@ class SupportsBackends(Protocol):
         """The record by which this policy generates, None before one was chosen."""
 
 
+class GenerationServers(Protocol):
+    """Processes outside raftune that generate, which all policies of a run share. Where `planning`, none is used."""
+
+    planning: bool
+
+    def release(self) -> None:
+        """Frees the memory that other models need."""
+
+    def close(self) -> None:
+        """Ends what raftune started."""
+
+
+@runtime_checkable
+class SupportsServers(Protocol):
+    """A family that can generate through servers."""
+
+    @classmethod
+    def servers(cls, config: Any, start: Path, tmp: Path) -> GenerationServers | None:
+        """The servers of a run that starts from this committed folder, which are started when they are needed; None
+        where the configuration has none. Raises ConfigError."""
+
+    @classmethod
+    def check_servers(cls, config: Any) -> None:
+        """Raises ConfigError or EngineError where the configured servers cannot be used; starts none."""
+
+    def use_servers(self, servers: Any) -> None:
+        """Makes this policy generate through them, where its record says so."""
+
+
 @runtime_checkable
 class SupportsObjectives(Protocol):
     """A family whose `train` minimises the configured objective (objectives.load_objective), also a custom one."""
@@ -395,6 +424,7 @@ class StageBase(ABC):
     grows = False  # whether later versions add fields and inputs, which leaves older rounds valid
     scratch: Path | None = None  # deleted once the stage is committed
     unkeyed: frozenset[str] = frozenset()  # fields of the sections in `fields` that do not enter the key
+    reproducible = True  # whether running it again gives the same bytes
 
     def fingerprints(self) -> Mapping[str, str]:
         """What shapes the stage besides fields and inputs: the hash of a reward's code, of a model's weights."""

@@ -12,7 +12,7 @@ REWARD = ("", ".spec", ".options.model", ".options.clip", ".options.processor")
 FIELDS = (
     *("data.prompts", "evaluation.prompts", "evaluation.features", "policy.family", "policy.model", "policy.tokenizer"),
     *("sampling.teacher.model", "sampling.backend", "training.reference.path", "selection.rule", "training.objective"),
-    *("sampling.backend.kind", "engine", "engine.kind"),
+    *("sampling.backend.kind", "sampling.backend.python", "sampling.backend_options.python", "engine", "engine.kind"),
     *(f"{rewards}{field}" for rewards in ("rewards.reward_funcs", "evaluation.reward_funcs") for field in REWARD),
     *(f"evaluation.metrics{field}" for field in REWARD),
 )

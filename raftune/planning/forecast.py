@@ -92,6 +92,7 @@ def forecast(
         tempfile.TemporaryDirectory(prefix="raftune-plan-") as scratch,
         contextlib.closing(Runtime(RunFolder(Path(scratch) / "run"), config)) as runtime,
     ):
+        runtime.policies.planning = True
         preflight(runtime)
         runtime.rewards(), runtime.held_out_rewards()
         done = rounds_done(root, config)

@@ -162,4 +162,8 @@ def teacher_config(config: RunConfig) -> RunConfig:
     assert config.sampling.teacher is not None
     changes = {name: value for name, value in NOT_THE_TEACHERS.items() if hasattr(config.policy, name)}
     changes["model"] = config.sampling.teacher.model
-    return config.model_copy(update={"policy": config.policy.model_copy(update=changes), "num_rounds": 0})
+    sampling = config.sampling
+    if sampling.server is not None:  # it serves the policy
+        sampling = sampling.model_copy(update={"backend": "auto", "backend_options": {}})
+    policy = config.policy.model_copy(update=changes)
+    return config.model_copy(update={"policy": policy, "sampling": sampling, "num_rounds": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -13,11 +14,11 @@ import pyarrow as pa
 
 from raftune.config.policy import CustomPolicy
 from raftune.config.run import RunConfig, held_out_names
-from raftune.config.sampling import backend_code
+from raftune.config.sampling import backend_code, shaping
 from raftune.engines.local import InProcessEngine
 from raftune.engines.registry import make_engine
 from raftune.engines.training import Result
-from raftune.errors import ConfigError
+from raftune.errors import ConfigError, RunDamaged
 from raftune.evaluation.alarms import RoundMonitor
 from raftune.evaluation.images import looked_at
 from raftune.evaluation.metrics import METRICS, load_metrics, measured, metric_code
@@ -32,11 +33,13 @@ from raftune.policies.registry import (
 )
 from raftune.protocols import (
     ChunkedStage,
+    GenerationServers,
     Policy,
     Stage,
     SupportsBackends,
     SupportsLogProbs,
     SupportsPromptCheck,
+    SupportsServers,
     SupportsSharedParts,
 )
 from raftune.records import LATENTS
@@ -46,7 +49,7 @@ from raftune.runtime.distributed import trainer_for
 from raftune.stages.data import DataStage
 from raftune.stages.evaluate import EvaluateStage, FeaturesStage
 from raftune.stages.gather import GatherStage
-from raftune.stages.generate import GenerateStage, TeacherStage
+from raftune.stages.generate import GenerateStage, Generation, TeacherStage
 from raftune.stages.guard import GuardStage
 from raftune.stages.log_probs import LogProbsStage, ReferenceStage
 from raftune.stages.parity import ParityStage, read_backend
@@ -89,6 +92,8 @@ class PolicyCache:
         self._held: dict[Path, Policy] = {}  # the latest used last
         self._encoder: tuple[Path, Policy] | None = None
         self._shared: dict[Path, Any] = {}  # by start, the frozen parts that all rounds have in common
+        self.servers: GenerationServers | None = None  # which generate for all policies, once one was loaded
+        self.planning = False  # whether servers are left alone
 
     def at(self, folder: Path) -> Policy:
         policy = self._held.pop(folder, None)
@@ -126,6 +131,18 @@ class PolicyCache:
                 break
             del sizes[folder], self._held[folder]
 
+    def make_room(self) -> None:
+        """Frees what a model other than a policy needs the memory of: other models, and servers."""
+        self.evict()
+        if self.servers is not None:
+            self.servers.release()
+
+    def close(self) -> None:
+        """Frees every model, and ends the servers."""
+        self.release()
+        if self.servers is not None:
+            self.servers.close()
+
     def _load(self, folder: Path) -> Policy:
         self.release_others()
         config, start = self.config, self.run.folder(0, "model")
@@ -136,6 +153,11 @@ class PolicyCache:
             record = read_backend(self.run.folder(0, ParityStage.writes))
             if record is not None:
                 policy.use_backend(record)
+            if isinstance(self.family, SupportsServers) and isinstance(policy, SupportsServers):
+                self.servers = self.servers or self.family.servers(config, start, self.run.tmp)
+                if self.servers is not None:
+                    self.servers.planning = self.planning
+                    policy.use_servers(self.servers)
         if isinstance(policy, SupportsSharedParts):
             # Beside the parts of this start, only small ones of another (a teacher's) stay in memory.
             small = {path: parts for path, parts in self._shared.items() if parts.nbytes * 2 <= SMALL}
@@ -206,17 +228,18 @@ class Runtime:
             )
         if isinstance(self.family, SupportsBackends):
             here = isinstance(self.engine, InProcessEngine)
-            stages.append(ParityStage(self.policies, (lambda: None) if here else self.policies.release, self.drops))
+            release = (lambda: None) if here else self.policies.release
+            stages.append(ParityStage(self.policies, release, self.drops, options=shaping(sampling)))
         return stages
 
     def _training_stages(self, round_: int) -> list[Stage]:
         config, sampling, shards = self.config, self.config.sampling, self._shards
         stages: list[Stage] = [
             PlanStage(config, round_, self.drops),
-            GenerateStage(self.policies, columns=sampling.candidate_columns, code=backend_code(sampling)),
+            GenerateStage(self.policies, self.generation(), columns=sampling.candidate_columns),
         ]
         if sampling.teacher is not None:
-            stages.append(TeacherStage(self.policies, sampling.teacher.num_generations))
+            stages.append(TeacherStage(self.policies, sampling.teacher.num_generations, shaping(sampling)))
         stages.append(self._score_stage(round_, self.rewards, "plan", shards, "score"))
         if config.selection.beta > 0:
             stages.append(LogProbsStage(self.policies, model="model@-1", writes="logp", shards=shards))
@@ -235,6 +258,7 @@ class Runtime:
 
         def with_room(folder: Path, rows: Path, work: Path, out: Path) -> Result:
             self.policies.release()
+            self.policies.make_room()
             self._release_rewards()
             return train(folder, rows, work, out)
 
@@ -252,10 +276,9 @@ class Runtime:
         if not evaluation.num_prompts:
             return []
         plan, samples = "evaluate/plan", "evaluate/generate"
-        code = backend_code(self.config.sampling)
         stages: list[Stage] = [
             EvaluationPlanStage(self.config, round_, self.drops),
-            GenerateStage(self.policies, model="model", plan=plan, writes=samples, code=code),
+            GenerateStage(self.policies, self.generation(), model="model", plan=plan, writes=samples),
             self._score_stage(round_, self.eval_rewards, plan, (samples,), "evaluate/score"),
         ]
         shards = ["generate", "score"]
@@ -309,6 +332,17 @@ class Runtime:
             counts=self.counts,
         )
 
+    def generation(self) -> Generation:
+        """How the policy generates, by the configuration and by the run's record."""
+        sampling = self.config.sampling
+
+        def record() -> dict[str, Any]:
+            with contextlib.suppress(RunDamaged):  # reported with the other faults of the run's files
+                return read_backend(self.run.folder(0, ParityStage.writes)) or {}
+            return {}
+
+        return Generation(record, backend_code(sampling), shaping(sampling))
+
     # -- what the stages need -----------------------------------------------------------------------------------------
 
     @property
@@ -349,7 +383,7 @@ class Runtime:
 
     def _with_room(self, rewards: RewardSet) -> RewardSet:
         if rewards.has_weights:
-            self.policies.evict()
+            self.policies.make_room()
         return rewards
 
     def factors(self) -> dict[str, float]:
@@ -369,7 +403,7 @@ class Runtime:
 
             device = self.config.rewards.device
             self._extractor = ClipModel(self.config.evaluation.features, device, field="evaluation.features")
-        self.policies.evict()
+        self.policies.make_room()
         return self._extractor
 
     def _train_rewards(self) -> RewardSet:
@@ -391,8 +425,14 @@ class Runtime:
                 model.release()
 
     def engine_for(self, stage: ChunkedStage) -> Engine:
-        """The configured engine, or this process for a stage whose objects only it has."""
-        return InProcessEngine(self.config.engine) if stage.local else self.engine
+        """The configured engine, or this process for a stage whose objects, or servers, only it has."""
+        if not stage.local:
+            if self.policies.servers is not None and not isinstance(self.engine, InProcessEngine):
+                self.policies.servers.release()
+            return self.engine
+        if isinstance(stage, GenerateStage):
+            self.engine.rest()  # the server that generates needs the memory
+        return InProcessEngine(self.config.engine)
 
     def prune(self, round_: int, best: int | None) -> None:
         """Deletes what the configuration does not keep once a round is done; manifests and all samples stay.
@@ -421,7 +461,7 @@ class Runtime:
         for rewards in self._reward_sets.values():
             rewards.close()
         self._reward_sets.clear()
-        self.policies.release()
+        self.policies.close()
 
 
 def limit_threads(config: RunConfig) -> None:

@@ -13,7 +13,13 @@ from raftune.config.selection import Random, TopM
 from raftune.config.training import CustomTraining
 from raftune.errors import ConfigError, RunDamaged
 from raftune.evaluation.metrics import load_metrics
-from raftune.protocols import SupportsBackends, SupportsObjectives, SupportsPromptCheck, SupportsTrainer
+from raftune.protocols import (
+    SupportsBackends,
+    SupportsObjectives,
+    SupportsPromptCheck,
+    SupportsServers,
+    SupportsTrainer,
+)
 from raftune.records import LATENTS
 from raftune.rewards.reward_set import incompatible_rewards
 from raftune.runtime.assembly import CONDENSE, TEXTS, Runtime
@@ -47,6 +53,10 @@ def preflight(runtime: Runtime) -> None:
     reference = config.training.reference
     if reference is not None and config.num_rounds and not runtime.run.is_committed(0, "data"):
         prompts_of(reference_rows(reference), reference)  # read once now, so that an error does not cost a round
+    generated = ("evaluate/generate",) if config.evaluation.num_prompts else ("generate",)
+    done = all(runtime.run.is_committed(config.num_rounds, name) for name in generated)
+    if not done and isinstance(runtime.family, SupportsServers):
+        runtime.family.check_servers(config)
     # Last, because this loads the rewards.
     media, family, evaluation = runtime.family.media, config.policy.family, config.evaluation
     findings = [*incompatible_rewards(runtime.rewards(), media, family)]
@@ -86,10 +96,11 @@ def _sampling_and_selection(runtime: Runtime) -> Iterator[str]:
         yield _needs_log_probs(runtime, "selection.beta", f"{selection.beta:g}", "Set it to 0", "0")
     load_rule(selection)  # these raise ConfigError
     load_backend(sampling)
-    if sampling.backend != "auto" and not isinstance(family, SupportsBackends):
+    own_way = not isinstance(family, SupportsBackends)
+    if own_way and (sampling.backend != "auto" or sampling.backend_options):
         yield (
             f"sampling.backend must be auto for policy.family: {name}, which generates in its own way; got "
-            f"{sampling.backend!r}. Leave it out."
+            f"{sampling.backend!r}{' with options' if sampling.backend == 'auto' else ''}. Leave it out."
         )
     others = len(sampling.candidate_columns) + (sampling.teacher.num_generations if sampling.teacher else 0)
     pool = sampling.num_generations + others

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +14,74 @@ from raftune.config.sampling import DRAWN_BY
 from raftune.errors import DataError, ModelError
 from raftune.protocols import Chunk, ChunkedStage, Policy, PolicyProvider, StageInputs, SupportsBackends
 from raftune.records import Prompt, Sample, derive_seed, samples_table
-from raftune.stages.parity import generation_words
+from raftune.stages.parity import PARITY, generation_words
 from raftune.stages.plan import read_chunk, read_plan
 from raftune.store.commit import stage_of
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import read_table, write_table
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How the policy of a run generates: `record` reads backend.json, empty before there is one; `code` is the hash of
+    a custom backend's code, `options` the dotted fields of the backend's options that enter the key."""
+
+    record: Callable[[], Mapping[str, Any]] = dict
+    code: Mapping[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ("sampling.backend_options",)
+
+    @property
+    def server(self) -> Mapping[str, Any] | None:
+        """The record of the server that generates; None where raftune does."""
+        return self.record().get("server")
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether a sample can be generated again, byte for byte."""
+        record = self.record()
+        return bool((record.get("server") or record).get("reproducible", True))
+
+
 class GenerateStage(ChunkedStage):
-    """One file per chunk: prompt by prompt the policy's own samples, then the completions in the data set's columns."""
+    """One file per chunk: prompt by prompt the policy's own samples, then the completions in the data set's columns.
+
+    Where a server generates, the stage runs in the loop's process, which has the server, and depends on its record.
+    """
 
     def __init__(
         self,
         policies: PolicyProvider,
+        generation: Generation | None = None,
         *,
         model: str = "model@-1",
         plan: str = "plan",
         writes: str = "generate",
         columns: tuple[str, ...] = (),
-        code: Mapping[str, str] | None = None,
     ) -> None:
-        """`code`: the hash of the code of a custom backend."""
-        self.policies, self.model, self.plan, self.columns, self.code = policies, model, plan, columns, code or {}
+        self.policies, self.model, self.plan, self.columns = policies, model, plan, columns
+        self.generation = generation or Generation()
         self.name, self.writes = stage_of(writes), writes
-        self.reads = (plan, model)
-        self.fields = (*DRAWN_BY, *(("sampling.candidate_columns",) if columns else ()))
+        self.fields = (*DRAWN_BY, *self.generation.options, *(("sampling.candidate_columns",) if columns else ()))
+
+    # The record is made by an earlier stage of the same table: it is read when these are asked for.
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.plan, self.model, *((f"{PARITY}@0",) if self.generation.server is not None else ()))
+
+    @property
+    def local(self) -> bool:  # type: ignore[override]
+        return self.generation.server is not None
+
+    @property
+    def reproducible(self) -> bool:  # type: ignore[override]
+        return self.generation.reproducible
 
     def fingerprints(self) -> Mapping[str, str]:
-        return self.code
+        server = self.generation.server
+        if server is None:
+            return self.generation.code
+        return {"server": " ".join(str(value) for name, value in server.items() if name not in ("probe", "flags"))}
 
     def chunks(self, inputs: StageInputs) -> list[int]:
         return list(range(read_plan(inputs[self.plan])["num_units"]))
@@ -77,10 +117,11 @@ class TeacherStage(ChunkedStage):
 
     name = writes = "teach"
     reads = ("plan", "generate", "model@-1", "teacher@0")
-    fields = (*DRAWN_BY, "sampling.teacher")
 
-    def __init__(self, policies: PolicyProvider, num_generations: int) -> None:
+    def __init__(self, policies: PolicyProvider, num_generations: int, options: tuple[str, ...]) -> None:
+        """`options`: the dotted fields of the backend's options that enter the key."""
         self.policies, self.num_generations = policies, num_generations
+        self.fields = (*DRAWN_BY, *options, "sampling.teacher")
 
     def chunks(self, inputs: StageInputs) -> list[int]:
         return chunk_numbers(inputs["generate"])
@@ -166,7 +207,7 @@ def as_table(samples: list[Sample], policy: Policy) -> pa.Table:
         table.validate()
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise ModelError(f"the payload of {name} must fit the types that it declares; {error}.") from error
-    for field in policy.payload:
-        if not field.nullable and table.column(field.name).null_count:
-            raise ModelError(f"{name}.payload says that {field.name} is never null; a sample has none. Give it one.")
+    for column in policy.payload:
+        if not column.nullable and table.column(column.name).null_count:
+            raise ModelError(f"{name}.payload says that {column.name} is never null; a sample has none. Give it one.")
     return table

@@ -13,19 +13,22 @@ from raftune.stages.prompt_check import prompts_in
 from raftune.store.committed import read_json
 from raftune.store.files import dump_json
 
-BACKEND = "backend.json"
+PARITY, BACKEND = "parity", "backend.json"
 _TRIED = 4  # prompts
 
 
 class ParityStage(SingleStage):
     """backend.json: the trial's result, by which every round and every process generates the same way."""
 
-    name = writes = "parity"
-    fields = ("sampling.backend", "sampling.backend_options")
+    name = writes = PARITY
 
-    def __init__(self, policies: PolicyProvider, release: Callable[[], None], drop: bool = False) -> None:
-        """`release` frees the model afterwards, where others generate. `drop`: unusable prompts are left out."""
+    def __init__(
+        self, policies: PolicyProvider, release: Callable[[], None], drop: bool = False, *, options: tuple[str, ...]
+    ) -> None:
+        """`release` frees the model afterwards, where others generate. `drop`: unusable prompts are left out. `options`
+        are the dotted fields of the backend's options that enter the key."""
         self.policies, self.release = policies, release
+        self.fields = ("sampling.backend", *options)
         self.reads = ("data@0", "model@0", *(("prompts@0",) if drop else ()))
 
     def run(self, inputs: StageInputs, out: Path) -> None:
@@ -52,10 +55,19 @@ def generation_words(
     """
     if "own" in record:
         return f"{record['own']}, a backend of your own"
+    why = f" ({record['auto']})" if record.get("auto") else ""
+    if (server := record.get("server")) is not None:
+        names = {"vllm": "vLLM", "openai": "a server of version"}
+        device = f" on the {server['device']}" if "device" in server else ""
+        exact = "a seed gives the same bytes" if server["reproducible"] else "a repeated sample differs"
+        return (
+            f"{names.get(server['kind'], server['kind'])} {server['version']}, {server['dtype']}{device}; {exact}{why}"
+        )
     backend = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
     parts = ["shared prefix (a prompt is computed once for all of its completions)"]
     if backend != "forked":
         parts = [f"`generate`, slower than a shared prefix: {record.get('why') or record['forked']}"]
+    parts[0] += f", {record['auto']}" if record.get("auto") else ""
     if distance and (nats := record["distances"].get(backend)) is not None:
         limit = float(record["allowed"])
         parts.append(f"{float(nats):.0e} nats a token from a plain forward on its own prompts, {limit:g} allowed")

@@ -119,7 +119,10 @@ class DroppedFiles:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stage wrote. `key` depends on the fields that shape the stage and on the manifests it was made from."""
+    """What a stage wrote. `key` depends on the fields that shape the stage and on the manifests it was made from.
+
+    `reproducible`: whether running the stage again gives the same bytes; written only where it does not.
+    """
 
     stage: str
     round: int
@@ -128,11 +131,15 @@ class Manifest:
     inputs: Mapping[str, str]
     files: Mapping[str, FileEntry]
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    reproducible: bool = True
 
     def save(self, folder: Path, tmp: Path) -> None:
         """Publishes the manifest in the stage's folder, after everything that it lists."""
         files = {name: {k: v for k, v in asdict(e).items() if v is not None} for name, e in self.files.items()}
-        content = with_hash({"layout": LAYOUT, **vars(self), "files": files})
+        plain = {"layout": LAYOUT, **vars(self), "files": files}
+        if self.reproducible:
+            del plain["reproducible"]
+        content = with_hash(plain)
         with stage_file(tmp, folder / NAME, lambda staged, final: publish_seal(staged, final, self.files)) as staged:
             staged.write_bytes(json_bytes(content))
 
@@ -171,7 +178,7 @@ class Manifest:
         try:
             files = {name: FileEntry(**entry) for name, entry in data["files"].items()}
             names = ("stage", "round", "key", "fields", "inputs", "quarantined")
-            return cls(files=files, **{name: data[name] for name in names})
+            return cls(files=files, reproducible=data.get("reproducible", True), **{name: data[name] for name in names})
         except (KeyError, TypeError, AttributeError) as error:
             raise damaged(f"lacks {error}") from error
 

@@ -60,7 +60,8 @@ class StageJob:
 
     def seal(self, files: Mapping[str, FileEntry], quarantined: Mapping[str, str] | None = None) -> None:
         """Commits these files of the folder."""
-        commit = Manifest(self.stage.name, self.round, self.key, self.fields, self.hashes, files, quarantined or {})
+        made = (self.stage.name, self.round, self.key, self.fields, self.hashes)
+        commit = Manifest(*made, files, quarantined or {}, self.stage.reproducible)
         self.run.seal(commit, self.stage.writes)
         remember(self.folder, files.items())
 

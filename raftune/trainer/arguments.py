@@ -90,7 +90,8 @@ WITHOUT: dict[str, str] = {
     "its mean is over",
     "scale_rewards": "RAFT ranks the K completions of a prompt, so there are no advantages to scale",
     **dict.fromkeys(("generation_batch_size", "steps_per_generation"), _ROUND_SIZE),
-    "use_vllm": "there is no vLLM engine: raftune's own sampler generates, and shares each prompt's cache",
+    "use_vllm": "vLLM generates where it is installed and a GPU is there; to demand it, "
+    "run_config={'sampling.backend': 'vllm'}",
     **dict.fromkeys(("use_liger_kernel", "use_liger_loss"), "the loss reads the head at completion positions only"),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), "models run uncompiled"),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config"), _OWN_PROCESSES),

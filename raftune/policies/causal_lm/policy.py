@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,15 @@ from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.loading import model_usage, write_model
 from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, generate, generate_by, replay
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.parity import check_parity
+from raftune.policies.causal_lm.sampling.server import Servers, check_servers, servers_of
 from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
 from raftune.policies.causal_lm.sampling.token_choice import BackendName, GeneratedCompletion, SamplingParams
+from raftune.policies.causal_lm.sampling.vllm import ServedModel
 from raftune.policies.causal_lm.weight_probe import (
+    WeightProbe,
+    measure,
     plain_log_probs,
     probe_of_fit,
     probe_rows,
@@ -40,6 +46,8 @@ from raftune.policies.model_files import ADAPTER, REFERENCE, publish_files, read
 from raftune.policies.unsupported import FamilyConfig, refuse_unused
 from raftune.protocols import Chunk, GenerationRequest, ModelUsage, TrainReport
 from raftune.records import Prompt, Sample, derive_seed
+from raftune.store.commit import NAME as COMMIT
+from raftune.store.files import sha256_hex, sha256_of
 from raftune.training.devices import choose_device, names_out_of_memory
 from raftune.training.objectives import load_objective, objective_code
 
@@ -101,6 +109,9 @@ class CausalLM:
         self._backend: BackendChoice | None = None
         self._recorded = False  # whether the choice is the run's: scoring must not depend on what was generated before
         self._checked: set[BackendName] = set()
+        self._servers: Servers | None = None
+        self._server: dict[str, Any] | None = None  # the record of the run's servers, where these generate
+        self._auto = ""  # why `auto` takes servers, or does not
         self._custom_backend = load_backend(sampling) if isinstance(sampling, SamplingConfig) else None
         self._compared = False
 
@@ -141,6 +152,8 @@ class CausalLM:
     def model(self) -> Any:
         """The weights on the device, in eval mode, read on first use. Raises ModelError unless training had them."""
         if self._model is None:
+            if self._servers is not None:
+                self._servers.release()
             model = loading.load_round(self.config.policy, self.folder, self.start_folder, self.device)
             if (probe := read_probe(self.folder)) is not None:
                 check_parity(probe, plain_log_probs(model, probe.examples, self._pad_id), "as it was loaded")
@@ -164,6 +177,8 @@ class CausalLM:
         settings = self._settings(chunk.batch_size)
         if self._custom_backend is not None:
             groups = self._generate_custom(GenerationRequest(prompts, chunk.seeds, settings, self.tokenizer))
+        elif self._server is not None:
+            groups = self._generate_served(prompts, chunk.seeds, settings)
         else:
             path = self._path(settings, prompts)
             groups = generate(self.model, self.tokenizer, prompts, chunk.seeds, settings, path)
@@ -200,6 +215,67 @@ class CausalLM:
         self._compared = True
         return groups
 
+    def _generate_served(
+        self, prompts: list[list[int]], seeds: Sequence[Sequence[int]], settings: SamplingParams
+    ) -> list[list[GeneratedCompletion]]:
+        """By the run's servers, after they have shown that they serve this policy."""
+        servers, record = self._servers, self._server
+        if servers is None or record is None:
+            raise ConfigError(
+                "sampling.backend: this run generates through a server, and none was given. Generate in the run itself."
+            )
+        if not servers.stay:
+            self._drop_model()  # a server on the same GPU needs its memory
+        restarts = servers.restarts
+        batch = CompletionBatch(self.tokenizer, prompts, seeds, settings, servers.context)
+        if batch.rows:
+            servers.check_identity(record)
+            servers.fill(batch, self._served_model(), self._weight_probe(record))
+        if servers.restarts > restarts:
+            self._notes[f"the server died and was started again {servers.restarts} times so far"] = None
+        return batch.completions()
+
+    def _drop_model(self) -> None:
+        """Frees the weights; they are read again when they are needed."""
+        if self._model is not None:
+            self._model = None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _served_model(self) -> ServedModel:
+        """The model of this folder, as a server loads it."""
+        config, folder, start = self.config.policy, self.folder.resolve(), self.start_folder.resolve()
+        adapter = folder if (folder / ADAPTER).is_file() else None
+        whole = adapter is None and folder != start and not (folder / REFERENCE).is_file()
+        source, revision = (str(folder), None) if whole else loading.source(start)
+        tokenizer = config.tokenizer or (source if Path(source) != folder else loading.source(start)[0])
+        if (start / "tokenizer_config.json").is_file():
+            tokenizer = str(start)
+        commit = folder / COMMIT
+        version = (sha256_of(commit) if commit.is_file() else sha256_hex([str(folder)]))[:16]
+        tied = loading.model_config(config, start).get_text_config().tie_word_embeddings
+        return ServedModel(source, revision, tokenizer, adapter, version, bool(tied))
+
+    def _weight_probe(self, record: Mapping[str, Any]) -> WeightProbe:
+        """The probe of this folder's weights; that of the initial model is in the run's record."""
+        probe = read_probe(self.folder)
+        return WeightProbe(**record["probe"]) if probe is None else probe
+
+    def use_servers(self, servers: Servers) -> None:
+        """Generates through these servers where the run's record says so."""
+        self._servers = servers
+
+    @classmethod
+    def check_servers(cls, config: Any) -> None:
+        """Raises ConfigError or EngineError where the configured servers cannot be used."""
+        check_servers(config)
+
+    @classmethod
+    def servers(cls, config: Any, start: Path, tmp: Path) -> Servers | None:
+        """The servers that the configuration names, or may choose; none is started or asked yet."""
+        return servers_of(config, start, tmp)
+
     def _settings(self, batch_size: int) -> SamplingParams:
         sampling = self.config.sampling
         names = "temperature top_p top_k min_p repetition_penalty max_completion_length generation_kwargs"
@@ -214,22 +290,34 @@ class CausalLM:
     def choose_backend(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """How a run on such prompts generates, for the record: decided once, by trial on a few of them."""
         if self._custom_backend is not None:
-            return {"own": self.config.sampling.backend}
+            exact = {} if self._custom_backend.reproducible else {"reproducible": False}
+            return {"own": self.config.sampling.backend, **exact}
         settings = self._settings(self.config.sampling.batch_size or 8)
         with names_out_of_memory(settings.batch_size, "max_completion_length"):
             rows = rows_of_prompts(self.encoder.encode(prompts, for_drawing=True))
             name = self.config.sampling.backend
             self._backend, self._recorded = choose_backend(self.model, rows, settings, name), True
-        return asdict(self._backend)
+            if self._servers is not None:
+                served, self._auto = self._servers.chosen()
+                if served:
+                    probe = measure(self.model, rows, self._pad_id)
+                    self._drop_model()
+                    self._server = self._servers.begin(self._served_model(), probe)
+        return self.backend() or {}
 
     def backend(self) -> dict[str, Any] | None:
         """The record of how this policy generates; None before the trial."""
-        return None if self._backend is None else asdict(self._backend)
+        if self._backend is None:
+            return None
+        server = {"server": self._server} if self._server is not None else {}
+        return asdict(self._backend) | server | ({"auto": self._auto} if self._auto else {})
 
     def use_backend(self, record: Mapping[str, Any]) -> None:
         """From now on this policy generates as `choose_backend` found for its run."""
         if "own" not in record:
-            self._backend, self._recorded = BackendChoice(**record), True
+            names = [field.name for field in fields(BackendChoice)]
+            self._backend = BackendChoice(**{name: record[name] for name in names if name in record})
+            self._recorded, self._server, self._auto = True, record.get("server"), record.get("auto", "")
 
     def _path(self, settings: SamplingParams, prompts: Sequence[Sequence[int]]) -> BackendName:
         """How this chunk is generated; each backend's parity with the trained model is checked once."""
@@ -310,6 +398,8 @@ class CausalLM:
         from raftune.training.processes import current
 
         self._model = None  # one large model at a time
+        if self._servers is not None:
+            self._servers.release()
         policy, training = self.config.policy, self.config.training
         data = read_rows(rows, self.encoder, training)
         seed, adapter_seed = derive_seed(self.config.seed, "tune", data.round), derive_seed(self.config.seed, "adapter")

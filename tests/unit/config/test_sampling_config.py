@@ -28,6 +28,8 @@ def test_a_backend_and_an_engine_may_be_a_kind_with_its_options() -> None:
     assert SamplingConfig(backend=section) == SamplingConfig(backend="mine.py:Mine", backend_options={"size": 3})  # type: ignore[arg-type]
     assert EngineConfig.model_validate("local") == EngineConfig()
     with pytest.raises(ValueError, match=r"sampling\.backend\.size is not a field; there are kind, options"):
+        SamplingConfig(backend={"kind": "mine.py:Mine", "size": 3})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sampling\.backend\.size is not a field; there are args, concurrency"):
         SamplingConfig(backend={"kind": "auto", "size": 3})  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=r"engine\.options are those of a custom engine; got size with engine\.kind 'local'"

@@ -149,11 +149,26 @@ class CompletionBatch:
 
     def record(self, row: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Takes over a completion that was generated elsewhere, up to where it ends by our rules."""
-        for token, logprob in zip(ids, logprobs, strict=True):
-            self._write(np.array([row]), np.array([token]), np.array([logprob], dtype=np.float32))
-            if self._finish[row] != _ALIVE:
-                return
-        self._finish[row] = _LENGTH
+        count, finish = min(len(ids), int(self.limits[row])), _LENGTH
+        for at, token in enumerate(ids[:count], start=1):
+            if token in self.settings.eos_ids:
+                count, finish = at, _EOS
+            elif self.settings.stop_strings and self._stops.ends(np.array(ids[:at], dtype=np.int32)):
+                count, finish = at, _STOP
+            if finish != _LENGTH:
+                break
+        check_numbers(np.array(logprobs[:count], dtype=np.float32))
+        self._ids[row, :count], self._logprobs[row, :count] = ids[:count], logprobs[:count]
+        self._lengths[row], self._finish[row] = count, finish
+
+    def is_cut(self, row: int) -> bool:
+        """Whether a recorded completion ends without EOS, stop string or its limit."""
+        return bool(self._finish[row] == _LENGTH and self._lengths[row] < self.limits[row])
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The rows that are not complete."""
+        return np.flatnonzero(self._finish == _ALIVE).tolist()
 
     def completions(self) -> list[list[GeneratedCompletion]]:
         """The finished completions, prompt by prompt."""
@@ -181,11 +196,7 @@ class CompletionBatch:
 
     def _write(self, rows: IntArray, tokens: NDArray[Any], logprobs: NDArray[Any]) -> None:
         """Records tokens, and which rows end here: an EOS counts before a stop string, and that before the limit."""
-        if np.isnan(logprobs).any():
-            raise ModelError(
-                "the model's logits must be numbers; got NaN or inf while generating. Its weights are damaged, or its "
-                "dtype overflows: load it with dtype float32 or bfloat16, or take another model."
-            )
+        check_numbers(logprobs)
         at = self._lengths[rows]
         self._ids[rows, at] = tokens
         self._logprobs[rows, at] = logprobs
@@ -196,3 +207,12 @@ class CompletionBatch:
             finish[np.array(stopped, dtype=bool)] = _STOP
         finish[np.isin(tokens, self._eos)] = _EOS
         self._finish[rows] = finish
+
+
+def check_numbers(logprobs: NDArray[Any]) -> None:
+    """Raises ModelError where a log-probability is not a number."""
+    if np.isnan(logprobs).any():
+        raise ModelError(
+            "the model's logits must be numbers; got NaN or inf while generating. Its weights are damaged, or its "
+            "dtype overflows: load it with dtype float32 or bfloat16, or take another model."
+        )
