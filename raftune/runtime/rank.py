@@ -81,6 +81,8 @@ def work(task: dict[str, Any], rank: int, world: int, send: Callable[..., None])
             threading.Thread(target=look, daemon=True).start()
         report, notes = train_part(task, Processes(rank, world, task["parallel"]))
         done.set()
+        if (now := pulse.now()) is not None:
+            send(progress=now)
         send(report=asdict(report), notes=notes)
         return 0
     except NotFirst:

@@ -159,9 +159,14 @@ def fit(task: FitTask, config: TrainingConfig, work: Path, device: torch.device)
                 f"memory ran out in process {processes.rank} of {processes.world}. Run the same command again: each "
                 f"process then takes {size.rows} rows at once."
             )
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Frees what only cycles keep alive."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _attempt(task: FitTask, config: TrainingConfig, size: MicroBatch, work: Path, device: torch.device) -> FitResult:
@@ -200,6 +205,7 @@ def _attempt(task: FitTask, config: TrainingConfig, size: MicroBatch, work: Path
         raise NotFirst
     if processes.sharded:
         del model, trainer
+        free_memory(device)
         model = task.load(torch.device("cpu"))
         with torch.no_grad():
             for name, weight in trained(model).items():
@@ -493,7 +499,7 @@ class FitTrainer(Trainer):  # type: ignore[misc]
             loss, mass = loss * 0.0, mass * 0.0
         self.watch.loss += loss.item()
         self.watch.mass += mass.item()
-        return loss * self.processes.world  # whose gradients are averaged
+        return loss * self.processes.world if several else loss  # their gradients are averaged
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.processes.sharded:

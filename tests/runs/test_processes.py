@@ -23,14 +23,17 @@ import yaml
 from safetensors.torch import load_file
 
 from raftune.config import RunConfig, validate
+from raftune.config.load import validate_as
+from raftune.config.sft import SftConfig
 from raftune.engines.training import Result
 from raftune.errors import EngineError, NotFinite
 from raftune.policies.causal_lm import CausalLM
 from raftune.policies.diffusion import Diffusion
 from raftune.runtime.distributed import trainer_for
+from raftune.sft import sft
 from raftune.store import interruption
 from tests import pipelines
-from tests.builders import save_tiny, tree_hash, write_rows
+from tests.builders import save_tiny, tiny_llama, tiny_tokenizer, tree_hash, write_rows
 from tests.unit.policies.causal_lm.fits import some_rows
 from tests.unit.policies.diffusion import fits as images
 
@@ -169,6 +172,47 @@ def test_a_process_without_rows_in_the_last_step_adds_nothing_to_it(folder: Path
     for name, processes in (("one", 1), ("two", 2)):
         trained(config(folder, lora=True, processes=processes), tmp_path / name, folder / "18.parquet")
     assert tree_hash(tmp_path / "one" / "out") == tree_hash(tmp_path / "two" / "out")
+
+
+def test_four_bit_weights_are_trained_around_by_two_processes_as_by_one(folder: Path, tmp_path: Path) -> None:
+    """bitsandbytes packs blocks of 64 weights."""
+    pytest.importorskip("bitsandbytes")
+    model = tiny_llama(hidden_size=64, intermediate_size=128)
+    model.save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    for name, processes in (("one", 1), ("two", 2)):
+        given = config(folder, lora=True, processes=processes)
+        changes = {"model": str(tmp_path / "llama"), "load_in_4bit": True}
+        given = given.model_copy(update={"policy": given.policy.model_copy(update=changes)})
+        trained(given, tmp_path / name, folder / "18.parquet")
+    assert tree_hash(tmp_path / "one" / "out") == tree_hash(tmp_path / "two" / "out")
+
+
+def test_sft_trains_on_several_processes(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {word}", "completion": f"{word} it is"} for word in "abcdefghijklmnop"]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told: list[tuple[int, int]] = []
+
+    def observe(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "trained":
+            told.append((facts["done"], facts["of"]))
+
+    for name, processes in (("one", 1), ("two", 2)):
+        training = config(folder, processes=processes, num_train_epochs=10).training.model_dump(exclude={"objective"})
+        given = {
+            "output_dir": str(tmp_path / name),
+            "threads": processes,
+            "data": {"path": str(data), "held_out_fraction": 0.0},
+            "policy": {"model": str(folder / "llama"), "device": "cpu"},
+            "training": training,
+        }
+        sft(validate_as(SftConfig, given), observe if processes == 2 else lambda kind, facts: None)
+    models = [tree_hash(tmp_path / name / "model") for name in ("one", "two")]
+    for model in models:
+        del model["training.json"], model["raftune_files.json"]  # which say how many there were
+    assert models[0] == models[1]
+    assert told[-1] == (20, 20)
 
 
 def test_a_tied_output_layer_is_trained_and_written_once_also_in_shards(folder: Path, tmp_path: Path) -> None:
