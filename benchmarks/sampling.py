@@ -1,12 +1,16 @@
 """Tokens per second of raftune's generation, of batched `generate`, and of `generate` prompt by prompt, in one process.
 
 A randomly initialised Llama (3.95M parameters, 8 query heads over 4 key/value heads) whose head is biased towards EOS,
-so that lengths spread as in chat: geometric, 24 tokens on average, cut at 96. All ways generate K completions for the
-same
-prompts at temperature 1, in turn, several times; medians are reported, and for batched `generate` the best of several
-batch sizes. The last figure is the share of the matrix-multiply rate that this machine reaches on the model's shapes.
+so that lengths spread as in chat: geometric, 24 tokens on average, cut at 96. Or a chat model from a folder, on prompts
+of its chat template. All ways generate K completions for the same prompts at temperature 1, in turn, several times;
+medians are reported, by the clock and by CPU seconds, and for batched `generate` the best of several batch sizes. The
+last figure is the share of the matrix-multiply rate that this machine reaches on the model's shapes. `--profile` tells
+where raftune's time goes.
 
-    python benchmarks/sampling.py                      # 512 samples, two threads
+    python benchmarks/sampling.py                                                   # 512 samples, two threads
+    python benchmarks/sampling.py --samples 2048 --batch-size 512                   # many short completions
+    python benchmarks/sampling.py --prompt-lengths 250 250                          # long prompts
+    python benchmarks/sampling.py --model FOLDER --samples 256 --max-length 32 --ways batched --repeats 1
     python benchmarks/sampling.py --samples 64 --max-length 32 --mean-length 8 --repeats 1
 """
 
@@ -19,10 +23,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from raftune.policies.causal_lm.sampling.backend import choose_backend, generate
@@ -30,17 +35,28 @@ from raftune.policies.causal_lm.sampling.token_choice import BackendName, Sampli
 from raftune.policies.causal_lm.weight_probe import rows_of_prompts
 
 PAD, EOS, FIRST_WORD = 0, 2, 3
+OURS, BATCHED, BY_PROMPT = "raftune", "generate, batch", "generate, prompt by prompt"
 Draw = Callable[[], list[int]]  # the lengths of all completions, EOS included
+
+
+class Measured(NamedTuple):
+    """One call of a way: by the clock, in CPU seconds of all threads, and the tokens that it gave."""
+
+    seconds: float
+    cpu: float
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Task:
     """The task of every way."""
 
-    model: LlamaForCausalLM
+    model: Any
     prompts: list[list[int]]
     k: int
     max_length: int
+    eos: int
+    pad: int
 
 
 def main() -> None:
@@ -48,27 +64,48 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = _model(args.vocabulary, args.hidden, args.layers, args.mean_length).to(args.device)
-    prompts = _prompts(args.samples // args.k, args.prompt_lengths, args.vocabulary)
-    task = Task(model, prompts, args.k, args.max_length)
-    measured = _measure(_ways(task, args), args.repeats, _synchronise(args.device))
+    if args.model:
+        task = _chat_task(args)
+    else:
+        model = _model(args.vocabulary, args.hidden, args.layers, args.mean_length).to(args.device)
+        prompts = _prompts(args.samples // args.k, args.prompt_lengths, args.vocabulary)
+        task = Task(model, prompts, args.k, args.max_length, EOS, PAD)
+    ways = _ways(task, args)
+    if args.profile:
+        _profile(ways)
+    measured = _measure(ways, args.repeats, _synchronise(args.device), warm=not args.cold)
     found = _summary(task, measured, args)
     print(json.dumps(found, indent=1) if args.json else _table(found))
 
 
 def _ways(task: Task, args: argparse.Namespace) -> dict[str, Draw]:
     settings = SamplingParams(
-        max_completion_length=task.max_length, eos_ids=(EOS,), pad_id=PAD, batch_size=args.batch_size
+        max_completion_length=task.max_length, eos_ids=(task.eos,), pad_id=task.pad, batch_size=args.batch_size
     )
     backend = choose_backend(task.model, rows_of_prompts(task.prompts), settings)  # a run does it once, so: not timed
     path, reason = backend.path(task.model, settings, max(map(len, task.prompts)))
-    if path != "forked":
+    if path != "fused":
         sys.exit(f"the shared-prefix cache was to be measured, but the model takes {path}: {reason}")
-    ways: dict[str, Draw] = {"raftune": lambda: _raftune(task, settings, path)}
-    for size in args.generate_batches:
-        ways[f"generate, batch {size}"] = lambda size=size: _batched_generate(task, size)  # type: ignore[misc]
-    ways["generate, prompt by prompt"] = lambda: _prompt_by_prompt(task)
+    ways: dict[str, Draw] = {OURS: lambda: _raftune(task, settings, path)}
+    if "modules" in args.ways:
+        ways["raftune, modules' forward"] = lambda: _raftune(task, settings, "forked")
+    if "batched" in args.ways:
+        for size in args.generate_batches:
+            ways[f"{BATCHED} {size}"] = lambda size=size: _batched_generate(task, size)  # type: ignore[misc]
+    if "prompts" in args.ways:
+        ways[BY_PROMPT] = lambda: _prompt_by_prompt(task)
     return ways
+
+
+def _profile(ways: dict[str, Draw]) -> None:
+    """Prints the shares of operations in raftune's time, after an uncounted call."""
+    ways[OURS]()
+    with torch.profiler.profile() as profile:
+        ways[OURS]()
+    total = sum(event.self_cpu_time_total for event in profile.key_averages())
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    for event in events[:16]:
+        print(f"  {event.self_cpu_time_total / total:5.1%}  {event.count:>7,} x  {event.key}", file=sys.stderr)
 
 
 def _raftune(task: Task, settings: SamplingParams, path: BackendName) -> list[int]:
@@ -89,7 +126,7 @@ def _prompt_by_prompt(task: Task) -> list[int]:
 
 def _generate(task: Task, rows: list[list[int]], returned: int) -> list[int]:
     width, device = max(map(len, rows)), task.model.device
-    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows], device=device)
+    ids = torch.tensor([[task.pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     with torch.inference_mode():
         out = task.model.generate(
@@ -101,34 +138,39 @@ def _generate(task: Task, rows: list[list[int]], returned: int) -> list[int]:
             top_p=1.0,
             num_return_sequences=returned,
             max_new_tokens=task.max_length,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
+            eos_token_id=task.eos,
+            pad_token_id=task.pad,
         )
-    ended = (out[:, width:] == EOS).cpu()
+    ended = (out[:, width:] == task.eos).cpu()
     found = ended.any(1)
     return torch.where(found, ended.int().argmax(1) + 1, ended.shape[1]).tolist()
 
 
-def _measure(ways: dict[str, Draw], repeats: int, wait: Callable[[], None]) -> dict[str, list[tuple[float, int]]]:
-    """Seconds and tokens of each way and repeat. One uncounted call each; then in turn."""
-    for way in ways.values():
+def _measure(
+    ways: dict[str, Draw], repeats: int, wait: Callable[[], None], warm: bool = True
+) -> dict[str, list[Measured]]:
+    """Each way and repeat, in turn; before them, `warm`, one uncounted call each."""
+    for way in ways.values() if warm else ():
         way()
-    measured: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
+    measured: dict[str, list[Measured]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
             wait()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             lengths = way()
             wait()
-            measured[name].append((time.perf_counter() - start, sum(lengths)))
+            measured[name].append(Measured(time.perf_counter() - start, time.process_time() - cpu, sum(lengths)))
     return measured
 
 
-def _summary(task: Task, measured: dict[str, list[tuple[float, int]]], args: argparse.Namespace) -> dict[str, object]:
-    rates = {name: statistics.median(tokens / seconds for seconds, tokens in runs) for name, runs in measured.items()}
-    batched = max(rate for name, rate in rates.items() if name.startswith("generate, batch"))
-    seconds = statistics.median(seconds for seconds, _ in measured["raftune"])
-    tokens = measured["raftune"][0][1]  # the same in every repeat: the seeds are
+def _summary(task: Task, measured: dict[str, list[Measured]], args: argparse.Namespace) -> dict[str, object]:
+    rates = {name: statistics.median(run.tokens / run.seconds for run in runs) for name, runs in measured.items()}
+    per_cpu = {name: statistics.median(run.tokens / run.cpu for run in runs) for name, runs in measured.items()}
+    batched = [name for name in rates if name.startswith(BATCHED)]
+    baselines = {"best batched generate": max(batched, key=rates.__getitem__)} if batched else {}
+    baselines |= {name: name for name in (BY_PROMPT, "raftune, modules' forward") if name in rates}
+    seconds = statistics.median(run.seconds for run in measured[OURS])
+    tokens = measured[OURS][0].tokens  # the same in every repeat: the seeds are
     matmul = _matmul_rate(task.model, args.batch_size)
     flops = _model_flops(task, tokens)
     return {
@@ -137,9 +179,10 @@ def _summary(task: Task, measured: dict[str, list[tuple[float, int]]], args: arg
         "samples": len(task.prompts) * task.k,
         "mean_length": tokens / (len(task.prompts) * task.k),
         "tokens_per_second": {name: round(rate) for name, rate in rates.items()},
-        "spread": {name: [round(t / s) for s, t in sorted(runs)] for name, runs in measured.items()},
-        "ratio_to_batched_generate": rates["raftune"] / batched,
-        "ratio_to_prompt_by_prompt": rates["raftune"] / rates["generate, prompt by prompt"],
+        "tokens_per_cpu_second": {name: round(rate) for name, rate in per_cpu.items()},
+        "spread": {name: [round(run.tokens / run.seconds) for run in sorted(runs)] for name, runs in measured.items()},
+        "ratios": {title: rates[OURS] / rates[name] for title, name in baselines.items()},
+        "ratios_of_cpu_seconds": {title: per_cpu[OURS] / per_cpu[name] for title, name in baselines.items()},
         "matmul_gflops": matmul / 1e9,
         "draw_gflops": flops / seconds / 1e9,
         "share_of_matmul_rate": flops / seconds / matmul,
@@ -147,18 +190,20 @@ def _summary(task: Task, measured: dict[str, list[tuple[float, int]]], args: arg
 
 
 def _table(found: dict[str, object]) -> str:
-    rates, spread = found["tokens_per_second"], found["spread"]
-    assert isinstance(rates, dict) and isinstance(spread, dict)
+    rates, spread, per_cpu = found["tokens_per_second"], found["spread"], found["tokens_per_cpu_second"]
+    ratios, of_cpu = found["ratios"], found["ratios_of_cpu_seconds"]
+    assert isinstance(rates, dict) and isinstance(spread, dict) and isinstance(per_cpu, dict)
+    assert isinstance(ratios, dict) and isinstance(of_cpu, dict)
     lines = [
         f"{found['machine']}; {found['parameters']:,} parameters",
         f"{found['samples']} samples, {found['mean_length']:.1f} tokens each on average",
     ]
     lines += [
-        f"  {name:<28}{rate:>8,} tok/s   ({spread[name][-1]:,} to {spread[name][0]:,})" for name, rate in rates.items()
+        f"  {name:<28}{rate:>8,} tok/s ({spread[name][-1]:,} to {spread[name][0]:,}), {per_cpu[name]:,} per CPU second"
+        for name, rate in rates.items()
     ]
     lines += [
-        f"  raftune / best batched generate      {found['ratio_to_batched_generate']:.1f}x",
-        f"  raftune / prompt by prompt           {found['ratio_to_prompt_by_prompt']:.1f}x",
+        *(f"  raftune / {name:<28}{ratio:>6.1f}x; CPU {of_cpu[name]:.1f}x" for name, ratio in ratios.items()),
         f"  {found['draw_gflops']:.0f} of {found['matmul_gflops']:.0f} GFLOP/s in plain matrix products: "
         f"{found['share_of_matmul_rate']:.0%}",
     ]
@@ -183,14 +228,17 @@ def _model_flops(task: Task, tokens: int) -> float:
     return float(decode + prefill)
 
 
-def _matrix_weights(model: LlamaForCausalLM) -> int:
+def _matrix_weights(model: Any) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
 
 
-def _matmul_rate(model: LlamaForCausalLM, rows: int, seconds: float = 1.0) -> float:
+def _matmul_rate(model: Any, rows: int, seconds: float = 1.0) -> float:
     """FLOP/s of one pass through all of the model's matrices with `rows` rows, nothing else done: the best of many."""
     weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], device=weight.device) for weight in weights}
+    inputs = {
+        weight.shape[1]: torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        for weight in weights
+    }
     wait, best, stop = _synchronise(str(model.device)), float("inf"), time.perf_counter() + seconds
     with torch.inference_mode():
         while time.perf_counter() < stop:
@@ -204,6 +252,17 @@ def _matmul_rate(model: LlamaForCausalLM, rows: int, seconds: float = 1.0) -> fl
 
 def _synchronise(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+
+def _chat_task(args: argparse.Namespace) -> Task:
+    """A chat model from a folder, asked for a few sentences on one subject each."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
+    prompts = []
+    for number in range(args.samples // args.k):
+        messages = [{"role": "user", "content": f"Write {number + 2} sentences about the number {number}."}]
+        prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return Task(model, prompts, args.k, args.max_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def _model(vocabulary: int, hidden: int, layers: int, mean_length: float) -> LlamaForCausalLM:
@@ -248,6 +307,11 @@ def _arguments() -> argparse.Namespace:
         "--generate-batches", type=int, nargs="+", default=(64, 128, 256), help="rows of a generate call"
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=("batched", "prompts"), choices=("modules", "batched", "prompts"))
+    parser.add_argument("--cold", action="store_true", help="no uncounted first calls: for large models")
+    parser.add_argument("--profile", action="store_true", help="print the operations that take raftune's time")
+    parser.add_argument("--model", help="a folder with a chat model, instead of random weights")
+    parser.add_argument("--dtype", default="float32", help="of the model in the folder")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vocabulary", type=int, default=2048)

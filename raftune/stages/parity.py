@@ -65,13 +65,14 @@ def generation_words(
         )
     backend = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
     parts = ["shared prefix (a prompt is computed once for all of its completions)"]
-    if backend != "forked":
+    shared = backend in ("fused", "forked")
+    if not shared:
         parts = [f"`generate`, slower than a shared prefix: {record.get('why') or record['forked']}"]
     parts[0] += f", {record['auto']}" if record.get("auto") else ""
     if distance and (nats := record["distances"].get(backend)) is not None:
         limit = float(record["allowed"])
         parts.append(f"{float(nats):.0e} nats a token from a plain forward on its own prompts, {limit:g} allowed")
-    if backend == "forked" and record.get("scoring"):
+    if shared and record.get("scoring"):
         parts.append("log-probabilities of completions row by row")
     if probe is not None:
         merged = "merged into the weights" if probe["merge"] else "beside the weights, whose 16 bits cannot hold it"

@@ -21,7 +21,7 @@ SAVE_EVERY = 60.0  # seconds of work that an interrupt may cost
 SHARE = 0.05  # of the time, at most, is spent on saving
 RATE = 200e6  # bytes per second of a disk, until it was measured
 AT_A_STOP = 5.0  # seconds that saving may take when a user waits for the end
-VERSION = 1
+VERSION = 2
 
 
 class SavePace:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from raftune.errors import ConfigError, OutOfMemory
@@ -41,6 +43,12 @@ def choose_device(spec: str, field: str = "policy.device") -> torch.device:
             "write cuda."
         )
     return device
+
+
+def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device. The call does not wait for a CUDA device: it copies from pinned memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -91,7 +91,7 @@ def test_the_template_is_the_models_own_and_a_completion_is_learnt_with_its_end(
 def test_bfloat16_generates_through_the_shared_prefix_in_every_round(half: Path) -> None:
     backend = json.loads((half / "round-0000" / "parity" / "backend.json").read_text())
     assert backend["forked"] == ""
-    assert 0 < backend["distances"]["forked"] <= backend["allowed"]
+    assert backend["way"] == "fused" and 0 < backend["distances"]["fused"] <= backend["allowed"]
     events = [json.loads(line) for line in (half / "events.jsonl").read_text().splitlines()]
     assert not [note for event in events for note in event.get("notes", []) if "generate" in note]
 

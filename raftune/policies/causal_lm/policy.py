@@ -31,7 +31,12 @@ from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.parity import check_parity
 from raftune.policies.causal_lm.sampling.server import Servers, check_servers, servers_of
 from raftune.policies.causal_lm.sampling.shared_prefix import prefix_log_probs
-from raftune.policies.causal_lm.sampling.token_choice import BackendName, GeneratedCompletion, SamplingParams
+from raftune.policies.causal_lm.sampling.token_choice import (
+    SHARED_PREFIX,
+    BackendName,
+    GeneratedCompletion,
+    SamplingParams,
+)
 from raftune.policies.causal_lm.sampling.vllm import ServedModel
 from raftune.policies.causal_lm.weight_probe import (
     WeightProbe,
@@ -326,13 +331,13 @@ class CausalLM:
                 name = self.config.sampling.backend
                 self._backend = choose_backend(self.model, rows_of_prompts(prompts), settings, name)
             path, reason = self._backend.path(self.model, settings, max(map(len, prompts)))
-            if self.config.sampling.backend == "shared_prefix" and path != "forked":
+            if self.config.sampling.backend == "shared_prefix" and path not in SHARED_PREFIX:
                 raise ConfigError(f"sampling.backend: shared_prefix cannot be used here: {reason}. Write auto.")
             if path not in self._checked and (probe := read_probe(self.folder)) is not None:
-                how = "through the shared-prefix cache" if path == "forked" else "through `generate`"
+                how = "through the shared-prefix cache" if path in SHARED_PREFIX else "through `generate`"
                 check_parity(probe, replay(path, self.model, probe, settings), how)
             self._checked.add(path)
-        if path != "forked":
+        if path not in SHARED_PREFIX:
             self._notes[f"generated through `generate`, slower than the shared cache: {reason}"] = None
         return path
 

@@ -21,6 +21,7 @@ from raftune.errors import ConfigError, ExtensionError, ModelError
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion
 from raftune.policies.causal_lm.loading import base_of, context, evaluating
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
+from raftune.policies.causal_lm.sampling.fused_forward import why_not_fused
 from raftune.policies.causal_lm.sampling.hf_generate import hf_generate, is_recurrent
 from raftune.policies.causal_lm.sampling.parity import COPIES, TokenReplay
 from raftune.policies.causal_lm.sampling.shared_prefix import (
@@ -45,7 +46,8 @@ from raftune.training.devices import is_out_of_memory, names_out_of_memory
 class BackendChoice:
     """Result of the trial on a run's prompts. `forked` is why the shared-prefix cache is not used, empty where it is.
 
-    `scoring` is the same for log-probabilities of given completions. `rows` is how many `generate` takes at once: 0 for
+    `fused` is the same for its faster form, in which the forward is ours (fused_forward.py), and `scoring` for
+    log-probabilities of given completions. `rows` is how many `generate` takes at once: 0 for
     any number, 1 where rows of a batch change each other's logits. Distances are nats a token from a plain forward;
     `allowed` is the limit. `way` and `why` are what `path` returned for the prompts of the trial.
     """
@@ -56,6 +58,7 @@ class BackendChoice:
     noise: float
     allowed: float
     scoring: str = "not tried"  # in a run of an older version, which has no `way` either
+    fused: str = "not tried"
     way: BackendName | None = None
     why: str = ""
 
@@ -78,13 +81,15 @@ class BackendChoice:
             )
         reason = kwargs or _structure(model, settings, longest_prompt) or self.forked
         if not reason:
-            return "forked", "every layer caches keys and values of all tokens"
+            fused = not (self.fused or why_not_fused(model))
+            return "fused" if fused else "forked", "every layer caches keys and values of all tokens"
         if self.rows:
             return "single", f"{reason}; `generate` gives equal rows of a batch different logits: one row at a time"
         return "generate", reason
 
 
 BACKENDS: dict[BackendName, Callable[[nn.Module, CompletionBatch], None]] = {
+    "fused": partial(generate_shared_prefix, fused=True),
     "forked": generate_shared_prefix,
     "generate": hf_generate,
     "single": partial(hf_generate, one_by_one=True),
@@ -165,7 +170,8 @@ def choose_backend(
     distances: dict[str, float] = {}
     kwargs, rows_at_once = settings.needs_generate, 0
     forked = "sampling.backend is hf_generate" if name == "hf_generate" else _structure(model, settings, longest)
-    forked = forked or _fault("forked", model, probe, settings, distances)
+    fused = forked or why_not_fused(model) or _fault("fused", model, probe, settings, distances)
+    forked = forked or (fused and _fault("forked", model, probe, settings, distances))
     if name == "shared_prefix" and (why := kwargs or forked):
         raise ConfigError(f"sampling.backend: shared_prefix cannot be used here: {why}. Write auto, or hf_generate.")
     scoring = forked or _fault("scoring", model, probe, settings, distances)
@@ -178,7 +184,7 @@ def choose_backend(
                 f"does: shared prefix: {forked or 'not possible for the valid context'}; generate: {batched}; one row "
                 f"at a time: {alone}. Use another dtype, or another model, and report the architecture."
             )
-    choice = BackendChoice(forked, rows_at_once, distances, probe.noise, probe.allowed, scoring)
+    choice = BackendChoice(forked, rows_at_once, distances, probe.noise, probe.allowed, scoring, fused=fused)
     way, why = choice.path(model, settings, longest)
     return replace(choice, way=way, why=why)
 

@@ -6,7 +6,7 @@ sample by its flat number: samples are counted prompt by prompt, ragged groups i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from raftune.policies.causal_lm.sampling.token_choice import (
     GeneratedCompletion,
     SamplingParams,
     TokenSampler,
-    uniforms,
+    uniforms_on,
 )
+from raftune.training.devices import upload
 
 _ALIVE, _EOS, _STOP, _LENGTH = range(4)
 _FINISH: dict[int, FinishReason] = {_EOS: "eos", _STOP: "stop", _LENGTH: "length"}
@@ -132,20 +133,47 @@ class CompletionBatch:
         """The row's seed, as torch's global generator takes it."""
         return int(self._seeds[row] & np.uint64(2**63 - 1))
 
-    def extend(self, rows: IntArray, logits: Tensor) -> tuple[Tensor, BoolArray]:
-        """Chooses and records the next token of each row; returns the tokens and which rows have ended with them.
+    def remaining(self, rows: IntArray) -> int:
+        """How many more tokens each of these rows may have, at least."""
+        return int((self.limits[rows] - self._lengths[rows]).min())
 
-        `logits` has shape (rows, vocabulary). Raises ModelError where they are not numbers.
+    def extend(
+        self, rows: IntArray, logits: Tensor, count: int = 1, step: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, BoolArray]:
+        """Chooses and records the next `count` tokens of each row; returns the last ones and which rows have ended.
+
+        `logits` has shape (rows, vocabulary), and `step` gives those after one more token of each row. Device and host
+        meet once, at the end: tokens after a row's end are computed and thrown away. `count` is at most
+        `remaining(rows)`. Raises ModelError where logits are not numbers.
         """
-        seen = None
-        if self._padded is not None:  # prompt and completion, filled up with tokens of the same row
+        seen = self._seen(rows, logits.device)
+        noise = uniforms_on(logits.device, self._seeds[rows][:, None], self._lengths[rows][:, None] + np.arange(count))
+        chosen: list[tuple[Tensor, Tensor]] = []
+        for ahead in range(count):
+            if ahead and step is not None:
+                logits = step(chosen[-1][0])
+                seen = None if seen is None else torch.cat([seen, chosen[-1][0][:, None]], dim=1)
+            chosen.append(self._pick(rows, ahead, logits, noise[:, ahead], seen))
+        tokens, logprobs = (torch.stack(parts).cpu().numpy() for parts in zip(*chosen, strict=True))
+        for ahead in range(count):
+            alive = self._finish[rows] == _ALIVE
+            self._write(rows[alive], tokens[ahead, alive], logprobs[ahead, alive])
+        return chosen[-1][0], self._finish[rows] != _ALIVE
+
+    def _pick(
+        self, rows: IntArray, ahead: int, logits: Tensor, noise: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The rows' tokens and log-probabilities; `ahead` counts those that were chosen and are not recorded yet."""
+        return self._choose(logits, noise, seen)
+
+    def _seen(self, rows: IntArray, device: torch.device) -> Tensor | None:
+        """Prompt and completion of each row, filled up with tokens of the same row; None where nobody reads them."""
+        if self._padded is not None:
             prompts = self._padded[self.prompt_of[rows]]
             ids = self._ids[rows, : int(self._lengths[rows].max())].astype(np.int64)
             ids = np.where(np.arange(ids.shape[1]) >= self._lengths[rows][:, None], prompts[:, -1:], ids)
-            seen = torch.from_numpy(np.concatenate([prompts, ids], axis=1)).to(logits.device)
-        tokens, logprobs = self._choose(logits, uniforms(self._seeds[rows], self._lengths[rows]), seen)
-        self._write(rows, tokens.cpu().numpy(), logprobs.cpu().numpy())
-        return tokens, self._finish[rows] != _ALIVE
+            return upload(np.concatenate([prompts, ids], axis=1), device)
+        return None
 
     def record(self, row: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Takes over a completion that was generated elsewhere, up to where it ends by our rules."""

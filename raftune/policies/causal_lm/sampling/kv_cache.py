@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raftune.arrays import BoolArray, IntArray
+from raftune.training.devices import upload
 
 _FIRST_WIDTH = 16  # columns allocated at first; doubled when full, so short rows never pay for long ones
 
@@ -33,12 +34,14 @@ class KVCache:
         self._width = min(_FIRST_WIDTH, most)
         self._lengths = lengths
         self._groups = groups
-        self._layers: list[list[Tensor]] = []  # keys and values of the prompts, keys and values (N, C, width, D)
+        # Of each layer: keys (G, C, D, P) and values (G, C, P, D) of the prompts, keys and values (N, C, width, D).
+        self._layers: list[list[Tensor]] = []
         for keys, values in prompts:
-            padding = torch.from_numpy(np.arange(keys.shape[2]) >= lengths[:, None]).to(keys.device)
+            padding = upload(np.arange(keys.shape[2]) >= lengths[:, None], keys.device)
             # A weight of zero times an overflown value would be NaN: padding holds zeros.
             values = values.masked_fill(padding[:, None, :, None], 0)
-            self._layers.append([keys.contiguous(), values, self._empty(keys), self._empty(keys)])
+            keys_DP = keys.transpose(2, 3).contiguous()  # a product over D is several times as fast in this order
+            self._layers.append([keys_DP, values, self._empty(keys), self._empty(keys)])
         self._place_rows()
 
     def _empty(self, like: Tensor) -> Tensor:
@@ -73,6 +76,11 @@ class KVCache:
         return cache
 
     @property
+    def end(self) -> int:
+        """The first position that no row reaches."""
+        return int(self._lengths.max()) + self._most
+
+    @property
     def positions(self) -> IntArray:
         """The position of each row's next token."""
         return self._lengths[self._groups] + self.step
@@ -92,12 +100,12 @@ class KVCache:
         """
         prompt_keys, prompt_values, keys, values = self._layers[layer]
         rows, width = self.rows, self.step + 1
-        heads, columns = keys.shape[1], prompt_keys.shape[2]
+        heads, columns = keys.shape[1], prompt_values.shape[2]
         repeat = query_NH1D.shape[1] // heads
         query = (query_NH1D * scaling).reshape(rows * heads, repeat, -1)
 
         grid = self._scatter(query, heads)
-        prompt_scores = torch.baddbmm(self._padding_bias(heads, query), grid, prompt_keys.flatten(0, 1).transpose(1, 2))
+        prompt_scores = torch.bmm(grid, prompt_keys.flatten(0, 1)).add_(self._padding_bias(heads, query))
         prompt_scores = self._gather(prompt_scores, heads, repeat)
         own_scores = torch.bmm(query, keys[:rows, :, :width].flatten(0, 1).transpose(1, 2))
         weights = torch.cat([prompt_scores, own_scores], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -130,7 +138,7 @@ class KVCache:
         used = np.bincount(self._groups, minlength=len(self._lengths)) > 0
         if not used.all():
             prompts = _closing_holes(used)
-            _move([buffer for layer in self._layers for buffer in layer[:2]], prompts, self._layers[0][0].shape[2])
+            _move([buffer for layer in self._layers for buffer in layer[:2]], prompts)
             for layer in self._layers:
                 layer[:2] = [buffer[: len(prompts)] for buffer in layer[:2]]
             renamed = np.empty(len(used), dtype=np.int64)
@@ -153,15 +161,15 @@ class KVCache:
         """Where (row, head) lies in the flattened grid (G, heads, J)."""
         if (heads, device) not in self._places:
             cells = (self._groups[:, None] * heads + np.arange(heads)) * self._deep + self._rank[:, None]
-            self._places[heads, device] = torch.from_numpy(cells.reshape(-1)).to(device)
+            self._places[heads, device] = upload(cells.reshape(-1), device)
         return self._places[heads, device]
 
     def _padding_bias(self, heads: int, like: Tensor) -> Tensor:
         """0 on the prompts' tokens and -inf on their padding, of shape (G*heads, 1, P)."""
         key = heads, like.device
         if key not in self._biases:
-            padding = np.arange(self._layers[0][0].shape[2]) >= self._lengths[:, None]
-            padded = torch.from_numpy(np.repeat(padding, heads, axis=0)[:, None]).to(like.device)
+            padding = np.arange(self._layers[0][1].shape[2]) >= self._lengths[:, None]
+            padded = upload(np.repeat(padding, heads, axis=0)[:, None], like.device)
             zeros = torch.zeros(padded.shape, dtype=like.dtype, device=like.device)
             self._biases[key] = zeros.masked_fill_(padded, -torch.inf)
         return self._biases[key]
@@ -188,9 +196,12 @@ def _closing_holes(alive: BoolArray) -> IntArray:
     return order
 
 
-def _move(buffers: Iterable[Tensor], order: IntArray, columns: int) -> None:
+def _move(buffers: Iterable[Tensor], order: IntArray, columns: int | None = None) -> None:
     """Rows of each buffer (rows, C, columns, D) take the places of others, which are dead: only rows that change."""
     to = np.flatnonzero(order != np.arange(len(order)))
-    target, source = torch.from_numpy(to), torch.from_numpy(order[to])
+    places: dict[torch.device, tuple[Tensor, Tensor]] = {}  # layers may lie on several devices
     for buffer in buffers if len(to) else ():
-        buffer[target.to(buffer.device), :, :columns] = buffer[source.to(buffer.device), :, :columns]
+        if buffer.device not in places:
+            places[buffer.device] = upload(to, buffer.device), upload(order[to], buffer.device)
+        target, source = places[buffer.device]
+        buffer[target, :, :columns] = buffer[source, :, :columns]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raftune.arrays import BoolArray, IntArray
+from raftune.arrays import IntArray
 from raftune.errors import ModelError
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.token_choice import SamplingParams
@@ -31,13 +31,13 @@ class TokenReplay(CompletionBatch):
         self.limits = np.array([len(ids) for ids in probe.completions])[self.prompt_of]
         self._replayed = probe.completions
 
-    def extend(self, rows: IntArray, logits: Tensor) -> tuple[Tensor, BoolArray]:
-        at = self._lengths[rows]
+    def _pick(
+        self, rows: IntArray, ahead: int, logits: Tensor, noise: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        at = self._lengths[rows] + ahead
         ids = [self._replayed[self.prompt_of[row]][column] for row, column in zip(rows, at, strict=True)]
         tokens = torch.tensor(ids, device=logits.device)
-        log_probs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        self._write(rows, tokens.cpu().numpy(), log_probs.cpu().numpy())
-        return tokens, self._finish[rows] != 0
+        return tokens, logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def check_parity(probe: WeightProbe, log_probs: Sequence[Sequence[float]], how: str) -> None:

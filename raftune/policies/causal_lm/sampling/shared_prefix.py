@@ -11,7 +11,7 @@ C key/value heads, H = C*E query heads, D head size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import groupby
@@ -29,14 +29,17 @@ from raftune.arrays import BoolArray, FloatArray, IntArray
 from raftune.policies.causal_lm.likelihood import CompletionLogits, TokenizedCompletion, summed
 from raftune.policies.causal_lm.loading import device_of, evaluating
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
+from raftune.policies.causal_lm.sampling.fused_forward import FusedForward
 from raftune.policies.causal_lm.sampling.kv_cache import KVCache
 from raftune.store import partial
 from raftune.training.checkpoints import holds_no_code
+from raftune.training.devices import upload
 
 ATTENTION = "raftune_shared_prefix"
 PREFILL_TOKENS = 8192  # prompt tokens computed at once, padding included
 LEAST_ROWS = 64  # a prompt with more completions than this, and than the batch size, is computed once for so many
-REFILL_SHARE = 4  # new prompts are admitted once 1/4 of the rows are free: smaller caches lose to overhead
+SYNC_EVERY = 8  # tokens of each row between two looks at them, where a device runs ahead of the host
+REFILL_SHARE = 2  # new prompts are admitted once 1/2 of the rows are free: smaller caches lose to overhead
 
 
 class UnsupportedAttentionError(Exception):
@@ -124,6 +127,11 @@ class SharedPrefixCache(AttentionCache):
         outputs = [part.attend(self._layer, query_RH1D[rows], scaling) for part, rows in self.slices()]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def attend_new(self, layer: int, query_RHD: Tensor, key_RCD: Tensor, value_RCD: Tensor, scaling: float) -> Tensor:
+        """`update` and `attend` at once, for a forward that calls neither: (R, H*D)."""
+        self.update(key_RCD[:, :, None], value_RCD[:, :, None], layer)
+        return self.attend(query_RHD[:, :, None], key_RCD, value_RCD, scaling).flatten(1)
+
     def slices(self) -> Iterator[tuple[KVCache, slice]]:
         """Each part with its rows."""
         start = 0
@@ -138,11 +146,19 @@ class SharedPrefixDecoder:
     The caller keeps the order of rows: `admit` appends, `keep` reorders, `step` takes one token for each.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, fused: bool) -> None:
         self._model = model
+        self._fused = FusedForward(model) if fused else None
         self.cache = SharedPrefixCache()
         self._configs = attention_configs(model)
         self._device = device_of(model)
+        self._positions: Tensor | None = None  # of the next step, until rows change
+
+    def restore(self, caches: Iterable[KVCache]) -> None:
+        """Puts the rows of these caches in place of those alive."""
+        self.cache.parts, self._positions = list(caches), None
+        if self._fused is not None:
+            self._fused.reserve(max((part.end for part in self.cache.parts), default=0))
 
     def admit(self, prompts: Sequence[Sequence[int]], counts: Sequence[int], most: int) -> Tensor:
         """Computes the prompts, gives each its count of rows, and returns their first logits (rows, vocabulary).
@@ -150,16 +166,20 @@ class SharedPrefixDecoder:
         No row will get more than `most` tokens.
         """
         size = max(1, PREFILL_TOKENS // max(map(len, prompts)))
-        chunks = [prefill(self._model, prompts[at : at + size]) for at in range(0, len(prompts), size)]
+        parts = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+        if self._fused is not None:
+            self._fused.reserve(max(map(len, prompts)) + most)
+        chunks = [self._fused.prefill(part) if self._fused else prefill(self._model, part) for part in parts]
         logits = torch.cat([logits for logits, _ in chunks])
         layers = []
-        for parts in zip(*(cache for _, cache in chunks), strict=True):  # keys and values, padded to one width
-            width = max(keys.shape[2] for keys, _ in parts)
-            padded = [[F.pad(s, (0, 0, 0, width - s.shape[2])) for s in part] for part in parts]
+        for layer in zip(*(cache for _, cache in chunks), strict=True):  # keys and values, padded to one width
+            width = max(keys.shape[2] for keys, _ in layer)
+            padded = [[F.pad(s, (0, 0, 0, width - s.shape[2])) for s in part] for part in layer]
             layers.append((torch.cat([keys for keys, _ in padded]), torch.cat([values for _, values in padded])))
         lengths = np.array([len(prompt) for prompt in prompts])
         groups = np.repeat(np.arange(len(prompts)), counts)
         self.cache.parts.append(KVCache(layers, lengths, groups, most))
+        self._positions = None
         return logits.index_select(0, torch.from_numpy(groups).to(logits.device))
 
     @property
@@ -169,18 +189,24 @@ class SharedPrefixDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feeds every row its token and returns the logits of the next, of shape (rows, vocabulary)."""
-        positions = np.concatenate([part.positions for part in self.cache.parts])
-        with attending(self.cache, self._configs):
-            logits: Tensor = self._model(
-                input_ids=tokens[:, None].to(self._device),
-                position_ids=torch.from_numpy(positions)[:, None].to(self._device),
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-            ).logits
+        if self._positions is None:
+            self._positions = upload(np.concatenate([part.positions for part in self.cache.parts]), self._device)
+        positions, tokens = self._positions, tokens.to(self._device)
+        if self._fused is not None:
+            logits = self._fused.step(tokens, positions, self.cache.attend_new)
+        else:
+            with attending(self.cache, self._configs):
+                logits = self._model(
+                    input_ids=tokens[:, None],
+                    position_ids=positions[:, None],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    return_dict=True,
+                ).logits[:, -1]
         for part in self.cache.parts:
             part.advance()
-        return logits[:, -1]
+        self._positions = positions + 1
+        return logits
 
     def keep(self, alive: BoolArray) -> IntArray:
         """Drops rows, and returns which old row each remaining one was."""
@@ -192,7 +218,7 @@ class SharedPrefixDecoder:
                 order = np.arange(part.rows) if alive[rows].all() else part.keep(alive[rows])
                 orders.append(order + rows.start)
                 kept.append(part)
-        self.cache.parts = kept
+        self.cache.parts, self._positions = kept, None
         return np.concatenate(orders)
 
 
@@ -226,21 +252,27 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[
     return logits[:, 0], [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def generate_shared_prefix(model: nn.Module, batch: CompletionBatch) -> None:
-    """Fills `batch` with a completion for every row.
+def generate_shared_prefix(
+    model: nn.Module, batch: CompletionBatch, fused: bool = False, sync_every: int | None = None
+) -> None:
+    """Fills `batch` with a completion for every row. `fused`: by the forward of fused_forward.py.
 
-    The longest prompts come first: neighbours of like length need little padding, and a lack of memory shows at once.
+    Tokens are looked at, rows dropped and prompts admitted every `sync_every` tokens; without it at every token on a
+    CPU, and every SYNC_EVERY on other devices, where waiting costs more than a few tokens after a row's end. The
+    longest prompts come first: neighbours of like length need little padding, and a lack of memory shows at once.
     """
     size, groups = batch.settings.batch_size, batch.groups()
     longest_first = sorted(range(len(groups)), key=lambda prompt: -len(batch.prompts[prompt]))
     queue = deque((i, groups[i][at : at + size]) for i in longest_first for at in range(0, len(groups[i]), size))
     rows, tokens = np.zeros(0, dtype=np.int64), torch.zeros(0, dtype=torch.int64)
-    decoder = SharedPrefixDecoder(model)
-    with torch.inference_mode(), evaluating(model), partial.current("forked").work(lambda: decoder.nbytes) as part:
+    decoder = SharedPrefixDecoder(model, fused)
+    sync_every = sync_every or (1 if device_of(model).type == "cpu" else SYNC_EVERY)
+    kind = "fused" if fused else "forked"
+    with torch.inference_mode(), evaluating(model), partial.current(kind).work(lambda: decoder.nbytes) as part:
         if (path := part.find()) is not None and holds_no_code(path):
             state = torch.load(path, weights_only=True)
             batch.restore(state["answers"])
-            decoder.cache.parts = [KVCache.restored(cache) for cache in state["cohorts"]]
+            decoder.restore(KVCache.restored(cache) for cache in state["cohorts"])
             rows, tokens = state["rows"].numpy(), state["tokens"]
             queue = deque([*queue][len(queue) - state["queued"] :])
 
@@ -259,10 +291,11 @@ def generate_shared_prefix(model: nn.Module, batch: CompletionBatch) -> None:
                 alive = np.concatenate([np.ones(len(rows), dtype=bool), ~ended])
                 rows, tokens = np.concatenate([rows, new_rows]), torch.cat([tokens.to(first.device), first])
             else:
-                tokens, ended = batch.extend(rows, decoder.step(tokens))
+                count = min(sync_every, batch.remaining(rows))
+                tokens, ended = batch.extend(rows, decoder.step(tokens), count, decoder.step)
                 alive = ~ended
             order = decoder.keep(alive)
-            rows, tokens = rows[order], tokens[torch.from_numpy(order).to(tokens.device)]
+            rows, tokens = rows[order], tokens[upload(order, tokens.device)]
 
 
 def _admitted(queue: deque[tuple[int, IntArray]], room: int, size: int) -> list[tuple[int, IntArray]]:

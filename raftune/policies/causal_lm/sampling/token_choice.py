@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -25,22 +26,25 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from raftune.arrays import FloatArray, UInt64Array
+from raftune.arrays import FloatArray, IntArray, UInt64Array
+from raftune.training.devices import upload
 
 FinishReason = Literal["eos", "length", "stop"]
-BackendName = Literal["forked", "generate", "single"]  # the shared prefix; `generate`; `generate` with a row at a time
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+# The shared prefix by a forward of ours, or by the model's own; `generate`; `generate` with a row at a time.
+BackendName = Literal["fused", "forked", "generate", "single"]
+SHARED_PREFIX = ("fused", "forked")
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+_Words = TypeVar("_Words", npt.NDArray[Any], Tensor)
 _BLOCK = 64  # tokens
 
 
-def philox4x32(
-    counter: Sequence[UInt64Array], key: Sequence[UInt64Array]
-) -> tuple[UInt64Array, UInt64Array, UInt64Array, UInt64Array]:
+def philox4x32(counter: Sequence[_Words], key: Sequence[_Words]) -> tuple[_Words, _Words, _Words, _Words]:
     """Four pseudo-random 32-bit words for each (counter, key).
 
-    `counter` is four and `key` two arrays of 32-bit words, held in uint64 and of shapes that broadcast.
+    `counter` is four and `key` two arrays of 32-bit words, of shapes that broadcast: in uint64 arrays, or in int64
+    tensors of any device, whose products wrap around to the same bits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -48,8 +52,16 @@ def philox4x32(
         if round_:
             k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (product1 >> _HALF) ^ c1 ^ k0, product1 & _LOW, (product0 >> _HALF) ^ c3 ^ k1, product0 & _LOW
+        high0, high1 = (product0 >> 32) & _LOW, (product1 >> 32) & _LOW
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _LOW, high0 ^ c3 ^ k1, product0 & _LOW
     return c0, c1, c2, c3
+
+
+def _random_bits(seed: _Words, step: _Words) -> _Words:
+    """53 bits; the seed is the key, the step the counter."""
+    zero = step & 0
+    high, low, _, _ = philox4x32((step & _LOW, step >> 32, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))
+    return ((high << 21) ^ (low >> 11)) & ((1 << 53) - 1)
 
 
 def uniforms(seeds: ArrayLike, steps: ArrayLike) -> FloatArray:
@@ -57,11 +69,14 @@ def uniforms(seeds: ArrayLike, steps: ArrayLike) -> FloatArray:
 
     Seeds are integers of up to 64 bits, steps are at least 0. The seed is the key, the step the counter.
     """
-    seed, step = np.asarray(seeds).astype(np.uint64), np.asarray(steps).astype(np.uint64)
-    zero = np.zeros_like(step)
-    high, low, _, _ = philox4x32((step & _LOW, step >> _HALF, zero, zero), (seed & _LOW, seed >> _HALF))
-    bits = ((high << np.uint64(21)) ^ (low >> np.uint64(11))) & np.uint64((1 << 53) - 1)
+    bits = _random_bits(np.asarray(seeds).astype(np.uint64), np.asarray(steps).astype(np.uint64))
     return np.asarray(bits * 2.0**-53, dtype=np.float64)
+
+
+def uniforms_on(device: torch.device, seeds: UInt64Array, steps: IntArray) -> Tensor:
+    """`uniforms`, computed on the device (or on the CPU where it has no float64) without waiting for it."""
+    device = torch.device("cpu") if device.type == "mps" else device
+    return _random_bits(upload(seeds.view(np.int64), device), upload(steps, device)).to(torch.float64) * 2.0**-53
 
 
 def inverse_cdf(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
@@ -166,7 +181,7 @@ class TokenSampler:
         if settings.min_p > 0:
             self._warpers.append(MinPLogitsWarper(settings.min_p))
 
-    def __call__(self, logits_RV: Tensor, uniforms_R: FloatArray, seen_RS: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits_RV: Tensor, uniforms_R: Tensor, seen_RS: Tensor | None) -> tuple[Tensor, Tensor]:
         """Token ids and their log-probabilities under the raw logits, both of shape (R,).
 
         Rows of `seen_RS` may be padded with any token of the same row: what was seen counts once.
@@ -174,7 +189,7 @@ class TokenSampler:
         logits_RV = logits_RV.float()
         if not self._warpers and self._temperature == 1:
             probs_RV = torch.softmax(logits_RV, dim=-1)
-            tokens_R = inverse_cdf(probs_RV, torch.from_numpy(uniforms_R))
+            tokens_R = inverse_cdf(probs_RV, uniforms_R)
             return tokens_R, probs_RV.gather(1, tokens_R[:, None])[:, 0].log()
         warped_RV = logits_RV
         if self._warpers:
@@ -184,6 +199,6 @@ class TokenSampler:
         if self._temperature == 0:
             tokens_R = warped_RV.argmax(-1)
         else:
-            tokens_R = inverse_cdf(torch.softmax(warped_RV, dim=-1), torch.from_numpy(uniforms_R))
+            tokens_R = inverse_cdf(torch.softmax(warped_RV, dim=-1), uniforms_R)
         chosen_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
         return tokens_R, chosen_R - logits_RV.logsumexp(-1)

@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from raftune.policies.causal_lm.sampling.backend import choose_backend
@@ -55,6 +57,15 @@ def llama(**changes: object) -> PreTrainedModel:
 def gpt2() -> PreTrainedModel:
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **_SPECIAL)
     return _ready(lambda: GPT2LMHeadModel(config))
+
+
+def biased_llama() -> PreTrainedModel:
+    return _with_biases(llama(attention_bias=True, mlp_bias=True))
+
+
+def qwen3() -> PreTrainedModel:
+    """Norms of queries and keys, and a head size of its own."""
+    return _ready(lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE | {"num_key_value_heads": 2, "head_dim": 12})))
 
 
 def qwen2() -> PreTrainedModel:

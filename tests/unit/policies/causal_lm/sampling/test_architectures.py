@@ -34,10 +34,10 @@ USUAL = {
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # The configuration's name, what differs from the usual, and how such a model generates.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "llama": ("llama", {}, "forked"),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}, "forked"),
-    "qwen2": ("qwen2", {}, "forked"),
-    "qwen3": ("qwen3", {"tie_word_embeddings": True}, "forked"),
+    "llama": ("llama", {}, "fused"),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, "fused"),
+    "qwen2": ("qwen2", {}, "fused"),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}, "fused"),
     "mistral, a window of 6": ("mistral", {"sliding_window": 6}, "generate"),
     "gemma2": ("gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 8}, "generate"),
     "gemma3": ("gemma3_text", {"sliding_window": 6, "query_pre_attn_scalar": 8}, "generate"),

@@ -44,12 +44,12 @@ def assert_through_generate(model: nn.Module, settings: SamplingParams, longest:
 
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_full_attention_uses_the_shared_prefix(model: type) -> None:
-    assert path_of(model(), SETTINGS)[0] == "forked"
+    assert path_of(model(), SETTINGS)[0] == {llama: "fused", gpt2: "forked"}[model]
 
 
 def test_a_sliding_window_uses_the_shared_prefix_only_where_the_context_stays_inside_it() -> None:
     model = mistral(40)
-    assert path_of(model, SETTINGS, 10)[0] == "forked"
+    assert path_of(model, SETTINGS, 10)[0] == "fused"
     assert_through_generate(model, SETTINGS, 11, "a layer sees the last 40 tokens only, within a context of 41")
     assert_through_generate(model, SETTINGS, None, "within a context of 128")
 
@@ -78,13 +78,13 @@ def test_attention_with_more_than_queries_keys_and_values_has_no_shared_prefix()
 def test_options_of_generate_alone_go_through_generate() -> None:
     beams = SamplingParams(generation_kwargs={"num_beams": 4, "no_repeat_ngram_size": 2})
     assert_through_generate(llama(), beams, 10, "no_repeat_ngram_size, num_beams are generate's own")
-    assert path_of(llama(), SamplingParams(generation_kwargs={"use_cache": True}))[0] == "forked"
+    assert path_of(llama(), SamplingParams(generation_kwargs={"use_cache": True}))[0] == "fused"
 
 
 def test_rotary_frequencies_that_depend_on_the_batch_use_no_shared_prefix_beyond_their_length() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 50}
     model = llama(rope_parameters=rope)
-    assert path_of(model, SETTINGS, 20)[0] == "forked"
+    assert path_of(model, SETTINGS, 20)[0] == "fused"
     assert_through_generate(model, SETTINGS, 21, "change beyond 50 tokens")
 
 

@@ -89,9 +89,9 @@ def test_a_recorded_way_of_generating_is_taken_again(tmp_path: Path) -> None:
     CausalLM.start(config, tmp_path / "start")
     policy = CausalLM.load(config, tmp_path / "start", tmp_path / "start")
     record = policy.choose_backend(list(chunk_of(TEXTS).prompts))
-    assert record["forked"] == "" and record["distances"]["forked"] < record["allowed"] == 1e-3
+    assert record["forked"] == "" and record["distances"]["fused"] < record["allowed"] == 1e-3
     assert json.loads(json.dumps(record)) == record == policy.backend()
-    assert record["way"] == "forked"
+    assert record["way"] == "fused"
     again = CausalLM.load(config, tmp_path / "start", tmp_path / "start")
     again.use_backend({**record, "forked": "somebody measured"})
     again.generate(chunk_of(TEXTS))

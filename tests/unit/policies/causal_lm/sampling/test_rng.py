@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from raftune.policies.causal_lm.sampling.token_choice import philox4x32, uniforms
+from raftune.policies.causal_lm.sampling.token_choice import philox4x32, uniforms, uniforms_on
 
 # The generator's published known answers: counter, key, output.
 KNOWN = [
@@ -60,3 +61,13 @@ def test_neighbouring_seeds_and_steps_are_uncorrelated() -> None:
 
 def test_seeds_that_differ_in_the_high_bits_only_differ_in_their_noise() -> None:
     assert uniforms([1], [0])[0] != uniforms([1 + 2**40], [0])[0]
+
+
+def test_numbers_computed_in_tensors_have_the_bits_of_those_computed_in_arrays() -> None:
+    rng = np.random.default_rng(4)
+    seeds = rng.integers(0, 2**64, size=(500, 1), dtype=np.uint64)
+    seeds[:3, 0] = 0, 2**63, 2**64 - 1
+    steps = np.concatenate([np.arange(40), rng.integers(0, 2**40, size=40)])
+    tensor = uniforms_on(torch.device("cpu"), seeds, steps)
+    assert tensor.dtype == torch.float64
+    assert np.array_equal(tensor.numpy(), uniforms(seeds, steps))

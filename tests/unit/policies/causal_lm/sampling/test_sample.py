@@ -19,7 +19,7 @@ from raftune.policies.causal_lm.sampling.backend import generate
 from raftune.policies.causal_lm.sampling.completions import StopStrings
 from raftune.policies.causal_lm.sampling.token_choice import GeneratedCompletion, SamplingParams
 
-PATHS = ["forked", "generate"]
+PATHS = ["fused", "forked", "generate"]
 LENGTHS = (3, 9, 5, 12, 1, 7)
 COUNTS = (2, 1, 3, 0, 2, 4)
 SETTINGS = SamplingParams(max_completion_length=25, eos_ids=(2, 5), batch_size=6)
@@ -71,7 +71,7 @@ def next_by_generate(model: nn.Module, prefix: list[int], settings: SamplingPara
 @pytest.mark.parametrize("path", PATHS)
 def test_pairs_of_tokens_have_the_distribution_of_generate(path: str, name: str) -> None:
     """Hoeffding over the 36 pairs: a false alarm for one in a million sets of seeds."""
-    draws = 6000 if path == "forked" else 3000
+    draws = 3000 if path == "generate" else 6000
     model, prompt = llama(vocab_size=FEW), [3, 1, 4]
     settings = replace(WARPS[name], max_completion_length=2, batch_size=1000)
     first = next_by_generate(model, prompt, settings)
@@ -102,7 +102,8 @@ def test_a_sample_does_not_depend_on_its_batch_or_its_order(path: str) -> None:
 def test_both_ways_choose_the_same_tokens(name: str) -> None:
     settings = replace(WARPS[name], max_completion_length=25, eos_ids=(2, 5), batch_size=6, stop_strings=("q",))
     asked, noise = prompts(*LENGTHS), seeds(*COUNTS)
-    one, other = (generate(llama(), characters(), asked, noise, settings, path) for path in PATHS)
+    fused, one, other = (generate(llama(), characters(), asked, noise, settings, path) for path in PATHS)
+    assert ids_of(fused) == ids_of(one)
     assert ids_of(one) == ids_of(other)
     assert [[sample.finish for sample in group] for group in one] == [
         [sample.finish for sample in group] for group in other
@@ -161,8 +162,7 @@ def test_no_completion_is_longer_than_asked(path: str) -> None:
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("model", [llama, gpt2])
+@pytest.mark.parametrize(("path", "model"), [*((path, llama) for path in PATHS), ("forked", gpt2), ("generate", gpt2)])
 def test_the_context_limits_a_completion(path: str, model: Any) -> None:
     settings = SamplingParams(max_completion_length=40, batch_size=8)
     generated = generate(

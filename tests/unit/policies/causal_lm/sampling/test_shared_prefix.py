@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from sampling_models import VOCABULARY, gpt2, gpt_neox, llama, mamba, mistral, path_of, prompts, qwen2, seeds
+from sampling_models import (
+    CONTEXT,
+    VOCABULARY,
+    biased_llama,
+    characters,
+    gpt2,
+    gpt_neox,
+    llama,
+    mamba,
+    mistral,
+    path_of,
+    prompts,
+    qwen2,
+    qwen3,
+    seeds,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raftune.policies.causal_lm.sampling.backend import generate
-from raftune.policies.causal_lm.sampling.token_choice import GeneratedCompletion, SamplingParams
+from raftune.policies.causal_lm.sampling.completions import CompletionBatch
+from raftune.policies.causal_lm.sampling.shared_prefix import generate_shared_prefix
+from raftune.policies.causal_lm.sampling.token_choice import (
+    SHARED_PREFIX,
+    BackendName,
+    GeneratedCompletion,
+    SamplingParams,
+)
 
 LENGTHS = (3, 9, 5, 12, 1, 7)
 GREEDY = SamplingParams(temperature=0, max_completion_length=30, eos_ids=(2, 5, 6, 7), batch_size=8)
 
 FORKED = {
-    "llama": llama,
     "gpt2": gpt2,
-    "qwen2": qwen2,
     "gpt_neox": gpt_neox,
+    "llama": llama,
+    "llama, biases everywhere": biased_llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
     "mistral without a window": lambda: mistral(None),
     "mistral, a window never left": lambda: mistral(42),
     "llama, one key head for each query head": lambda: llama(num_key_value_heads=4),
@@ -29,6 +56,7 @@ FORKED = {
     "llama, head size of its own": lambda: llama(head_dim=20),
     "llama, eager attention": lambda: llama(attn_implementation="eager"),
 }
+WAYS = [("forked", name) for name in FORKED] + [("fused", name) for name in FORKED if "gpt" not in name]
 FALLING_BACK = {"mistral, a window of 8": lambda: mistral(8), "mamba": mamba}
 
 
@@ -53,26 +81,40 @@ def greedy_by_generate(model: nn.Module, prompt: list[int]) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-def assert_greedy_is_that_of_generate(model: nn.Module, wanted: str) -> list[list[GeneratedCompletion]]:
-    path, reason = path_of(model, GREEDY, max(LENGTHS))
-    assert path == wanted, reason
-    generated = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
-    for prompt, group in zip(prompts(*LENGTHS), generated, strict=True):
+def assert_greedy_is_that_of_generate(
+    model: nn.Module, way: BackendName, start: Sequence[int] = ()
+) -> list[list[GeneratedCompletion]]:
+    asked = [[*start, *prompt] for prompt in prompts(*LENGTHS)]
+    generated = generate(model, None, asked, seeds(2, 1, 3, 1, 2, 1), GREEDY, way)
+    for prompt, group in zip(asked, generated, strict=True):
         assert [sample.ids for sample in group] == [greedy_by_generate(model, prompt)] * len(group)
     return generated
 
 
+@pytest.mark.parametrize(("way", "name"), WAYS)
+def test_greedy_search_equals_generate_token_for_token(way: BackendName, name: str) -> None:
+    assert_greedy_is_that_of_generate(FORKED[name](), way)
+
+
 @pytest.mark.parametrize("name", FORKED)
-def test_greedy_search_equals_generate_token_for_token(name: str) -> None:
-    assert_greedy_is_that_of_generate(FORKED[name](), "forked")
+def test_a_forward_of_ours_is_taken_where_the_model_is_of_a_known_kind(name: str) -> None:
+    path, reason = path_of(FORKED[name](), GREEDY, max(LENGTHS))
+    assert path == ("fused" if ("fused", name) in WAYS else "forked"), reason
+
+
+@pytest.mark.parametrize("way", SHARED_PREFIX)
+def test_prompts_that_begin_alike_get_what_each_would_get_alone(way: BackendName) -> None:
+    assert_greedy_is_that_of_generate(llama(), way, start=[7, 11, 13] * 5)
 
 
 @pytest.mark.parametrize("name", FALLING_BACK)
 def test_a_model_without_shared_prefix_support_samples_through_generate(name: str) -> None:
+    assert path_of(FALLING_BACK[name](), GREEDY, max(LENGTHS))[0] == "generate"
     assert_greedy_is_that_of_generate(FALLING_BACK[name](), "generate")
 
 
 def test_a_lora_adapter_takes_part() -> None:
+    assert path_of(lora(llama()), GREEDY, max(LENGTHS))[0] == "forked"
     generated = assert_greedy_is_that_of_generate(lora(llama()), "forked")
     assert generated != generate(llama(), None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), GREEDY)
 
@@ -83,11 +125,11 @@ def whole_forward(model: nn.Module, prompt: list[int], ids: list[int]) -> Tensor
     return logits.float().log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("name", FORKED)
-def test_log_probabilities_are_those_of_a_forward_over_the_whole_sequence(name: str) -> None:
+@pytest.mark.parametrize(("way", "name"), WAYS)
+def test_log_probabilities_are_those_of_a_forward_over_the_whole_sequence(way: BackendName, name: str) -> None:
     model = FORKED[name]()
     settings = SamplingParams(temperature=1.5, max_completion_length=30, eos_ids=(2, 5), batch_size=7)
-    generated = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
+    generated = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings, way)
     for prompt, group in zip(prompts(*LENGTHS), generated, strict=True):
         for sample in group:
             expected = whole_forward(model, prompt, sample.ids)
@@ -96,8 +138,56 @@ def test_log_probabilities_are_those_of_a_forward_over_the_whole_sequence(name: 
 
 def test_prompts_of_more_tokens_than_fit_at_once_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raftune.policies.causal_lm.sampling.shared_prefix.PREFILL_TOKENS", 20)
-    assert_greedy_is_that_of_generate(llama(), "forked")
+    assert_greedy_is_that_of_generate(llama(), "fused")
     assert_greedy_is_that_of_generate(gpt2(), "forked")
+
+
+@pytest.mark.parametrize("way", SHARED_PREFIX)
+@pytest.mark.parametrize("warp", [{}, {"top_p": 0.9, "repetition_penalty": 1.3}], ids=["plain", "with a history"])
+def test_looking_at_tokens_every_few_steps_changes_no_completion(way: BackendName, warp: dict[str, float]) -> None:
+    model = llama()
+    settings = SamplingParams(
+        max_completion_length=29, eos_ids=(2, 5, 8), batch_size=9, stop_strings=("q", "c"), **warp
+    )
+    generated = []
+    for sync_every in (1, 3, 8, 100):
+        asked = prompts(*[5] * 4, CONTEXT - 4, CONTEXT - 20), seeds(3, 2, 5, 2, 4, 3)
+        batch = CompletionBatch(characters(), *asked, settings, CONTEXT)
+        generate_shared_prefix(model, batch, fused=way == "fused", sync_every=sync_every)
+        generated.append([completion for group in batch.completions() for completion in group])
+    # Rows that are computed beyond their end belong to the batch, whose size changes the last bits.
+    for others in zip(*generated, strict=True):
+        assert len({(tuple(ids), finish) for ids, _, finish in others}) == 1
+        assert np.ptp([logprobs for _, logprobs, _ in others], axis=0).max() < 2e-5
+    finished = Counter(completion.finish for completion in generated[0])
+    assert min(finished[reason] for reason in ("eos", "stop", "length")) > 1
+
+
+@pytest.mark.parametrize("way", SHARED_PREFIX)
+def test_looking_at_tokens_every_few_steps_gives_the_same_bits_where_rows_end_together(way: BackendName) -> None:
+    batches = [
+        CompletionBatch(None, prompts(5, 9), seeds(3, 4), SamplingParams(max_completion_length=29), CONTEXT)
+        for _ in range(3)
+    ]
+    for batch, sync_every in zip(batches, (1, 8, 100), strict=True):
+        generate_shared_prefix(llama(), batch, fused=way == "fused", sync_every=sync_every)
+    assert batches[0].completions() == batches[1].completions() == batches[2].completions()
+
+
+def test_a_device_that_runs_ahead_meets_the_host_once_every_few_tokens() -> None:
+    class Counting(CompletionBatch):
+        meetings = 0
+
+        def extend(self, *args: Any) -> Any:
+            self.meetings += 1
+            return super().extend(*args)
+
+    meetings = []
+    for sync_every in (1, 8):
+        batch = Counting(None, prompts(5, 6), seeds(4, 4), SamplingParams(max_completion_length=33), CONTEXT)
+        generate_shared_prefix(llama(), batch, fused=True, sync_every=sync_every)
+        meetings.append(batch.meetings)
+    assert meetings == [33, 5]  # a prompt's first token, and four times eight
 
 
 class Counted:
@@ -116,11 +206,12 @@ class Counted:
             self.most = max(self.most, rows)
 
 
-def test_a_prompt_is_computed_once_for_all_its_completions_and_an_ended_row_never_again() -> None:
+@pytest.mark.parametrize("way", SHARED_PREFIX)
+def test_a_prompt_is_computed_once_for_all_its_completions_and_an_ended_row_never_again(way: BackendName) -> None:
     model = llama()
     counted = Counted(model)
     settings = SamplingParams(max_completion_length=40, eos_ids=(2, 5, 6, 7, 8, 9), batch_size=12)
-    generated = generate(model, None, prompts(*[4, 8] * 10), seeds(*[4] * 20), settings, "forked")
+    generated = generate(model, None, prompts(*[4, 8] * 10), seeds(*[4] * 20), settings, way)
     lengths = [len(sample.ids) for group in generated for sample in group]
     assert counted.prompts == 20
     assert counted.steps == sum(lengths) - len(
@@ -145,7 +236,7 @@ def test_half_precision_samples_what_its_own_forward_finds_likely() -> None:
     model = llama().to(torch.bfloat16)
     settings = SamplingParams(max_completion_length=20, eos_ids=(2,))
     path, reason = path_of(model, settings)
-    assert path == "forked", reason
+    assert path == "fused", reason
     generated = generate(model, None, prompts(*LENGTHS), seeds(2, 1, 3, 1, 2, 1), settings)
     for prompt, group in zip(prompts(*LENGTHS), generated, strict=True):
         for sample in group:
@@ -171,7 +262,7 @@ def broken_at_step(model: nn.Module, step: int) -> None:
     model.get_input_embeddings().register_forward_pre_hook(count)
 
 
-@pytest.mark.parametrize("path", ["forked", "generate"])
+@pytest.mark.parametrize("path", ["fused", "forked", "generate"])
 @pytest.mark.parametrize("breaks", [False, True])
 def test_a_model_is_left_as_it_was_even_by_a_generation_that_fails(path: str, breaks: bool) -> None:
     model = llama()
@@ -192,7 +283,7 @@ def test_a_model_is_left_as_it_was_even_by_a_generation_that_fails(path: str, br
 
 def test_weights_can_still_be_trained_after_generation() -> None:
     model = llama()
-    generate(model, None, prompts(5, 6), seeds(2, 2), SamplingParams(max_completion_length=8), "forked")
+    generate(model, None, prompts(5, 6), seeds(2, 2), SamplingParams(max_completion_length=8), "fused")
     model(input_ids=torch.tensor(prompts(6)), labels=torch.tensor(prompts(6))).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

@@ -65,7 +65,7 @@ def test_log_probabilities_are_those_of_the_raw_logits_whatever_the_warping() ->
         SamplingParams(temperature=0),
         SamplingParams(temperature=2.0, top_k=9, top_p=0.8, min_p=0.01, repetition_penalty=1.3),
     ):
-        tokens, logprobs = TokenSampler(settings)(logits, noise, seen)
+        tokens, logprobs = TokenSampler(settings)(logits, torch.from_numpy(noise), seen)
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         assert torch.allclose(logprobs, expected, atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_log_probabilities_are_those_of_the_raw_logits_whatever_the_warping() ->
 def test_temperature_zero_takes_the_best_token_after_the_repetition_penalty() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.9], [1.0, 3.0, 2.9]])
     seen = torch.tensor([[0, 0], [1, 0]])
-    noise = np.array([0.99, 0.99])
+    noise = torch.tensor([0.99, 0.99], dtype=torch.float64)
     assert TokenSampler(SamplingParams(temperature=0))(logits, noise, None)[0].tolist() == [1, 1]
     penalised = TokenSampler(SamplingParams(temperature=0, repetition_penalty=1.5))(logits, noise, seen)
     assert penalised[0].tolist() == [1, 2]
@@ -83,5 +83,5 @@ def test_warping_does_not_change_its_input_logits() -> None:
     logits = torch.randn(3, 9)
     before = logits.clone()
     settings = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
-    TokenSampler(settings)(logits, np.full(3, 0.4), torch.zeros(3, 1, dtype=torch.int64))
+    TokenSampler(settings)(logits, torch.full((3,), 0.4, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.int64))
     assert torch.equal(logits, before)

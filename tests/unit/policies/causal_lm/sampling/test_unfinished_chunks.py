@@ -16,6 +16,7 @@ from tests.builders import Killed, chunk_of, parts, save_tiny
 
 PROMPTS = ["the bath", "a", "ab ab ab", "that thing there", "b", "tha"]
 WAYS: dict[str, dict[str, Any]] = {
+    "fused": {},
     "forked": {},
     "forked, with a history": {"repetition_penalty": 1.3, "top_k": 40},
     "generate": {"generation_kwargs": {"no_repeat_ngram_size": 3}},
@@ -52,12 +53,12 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield left
 
 
-def a_policy(folder: Path, out: Path, **changes: Any) -> CausalLM:
+def a_policy(folder: Path, out: Path, way: str = "fused", **changes: Any) -> CausalLM:
     config: Any = parts(folder, max_completion_length=24, batch_size=8, **changes)
     if not out.is_dir():
         CausalLM.start(config, out)
     policy = CausalLM.load(config, out, out)
-    policy.use_backend(RECORD)
+    policy.use_backend(RECORD if way == "forked" else RECORD | {"fused": ""})
     return policy
 
 
@@ -71,7 +72,7 @@ def samples_of(policy: CausalLM, at: Path) -> list[Sample]:
 def test_generation_that_was_killed_resumes_to_the_same_completions(
     folder: Path, tmp_path: Path, killed_at: list[int], way: str
 ) -> None:
-    policy = a_policy(folder, tmp_path / "start", **WAYS[way])
+    policy = a_policy(folder, tmp_path / "start", way, **WAYS[way])
     samples_of(policy, tmp_path / "first")  # what a policy finds out once has steps of its own
     killed_at[0] = -1
     whole = samples_of(policy, tmp_path / "whole")
@@ -123,7 +124,7 @@ def test_what_was_saved_under_other_settings_or_was_damaged_is_not_used(
     killed_at[0] = -1
     [saved] = tmp_path.glob("_part-*")
     with partial.unfinished_work(tmp_path, tmp_path / "tmp", "00000", "another key", {}):
-        assert partial.current("forked").find() is None
+        assert partial.current("fused").find() is None
     killed_at[0] = 20
     with pytest.raises(Killed):
         samples_of(policy, tmp_path)
