@@ -77,7 +77,8 @@ class WorkerPool:
         self.ready: list[Future[Reply]] = [Future() for _ in range(config.workers)]  # replies to the first request
         self.notes: tuple[str, ...] = ()
         self._open = False
-        self._devices: dict[str, str] = {}  # by host
+        self._devices: dict[str, str] = {}  # the first host of each device
+        self._lock = threading.Lock()
 
     def run(self, job: StageJob, stage: ChunkedStage, chunks: Sequence[int]) -> Iterator[JournalEntry]:
         """The journal entries in the order in which chunks end. If it is left early, chunks under way are ended."""
@@ -177,18 +178,21 @@ class WorkerPool:
 
     def _note_device(self, host: str, device: str) -> Reply | None:
         """Notes where workers run on different devices; an error where some have a GPU and others none."""
-        others = {name: other for name, other in self._devices.items() if other != device}
-        if host not in self._devices:
-            self._devices[host] = device
-            for other_host, other in list(others.items())[:1]:
-                if device.startswith("CPU") != other.startswith("CPU"):
-                    words = f"workers must all have a GPU or none; {host} has {device}, and {other_host} has {other}."
-                    fix = "Ask for it: engine.resources: {GPU: 1}, or a launcher's own option."
-                    return {"kind": "EngineError", "error": f"{words} {fix}", "final": True}
-                self.notes += (
-                    f"workers run on different devices ({host}: {device}, {other_host}: {other}): a chunk that is run "
-                    "again on another need not be the same to the last bit",
-                )
+        with self._lock:
+            if device in self._devices:
+                return None
+            self._devices[device] = host
+            other, other_host = next(iter(self._devices.items()))
+            if other == device:  # the first
+                return None
+            if device.startswith("CPU") != other.startswith("CPU"):
+                words = f"workers must all have a GPU or none; {host} has {device}, and {other_host} has {other}."
+                fix = "Ask for it: engine.resources: {GPU: 1}, or a launcher's own option."
+                return {"kind": "EngineError", "error": f"{words} {fix}", "final": True}
+            self.notes += (
+                f"workers run on different devices ({host}: {device}, {other_host}: {other}): a chunk that is run "
+                "again on another need not be the same to the last bit",
+            )
         return None
 
     def _run_chunk(self, slot: int, job: StageJob, index: int) -> Reply:
