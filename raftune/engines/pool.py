@@ -116,7 +116,8 @@ class WorkerPool:
                 if "entry" in reply:
                     remaining -= 1
                     entry = JournalEntry(**reply["entry"])
-                    notes, self.notes = self.notes, ()
+                    with self._lock:
+                        notes, self.notes = self.notes, ()
                     yield replace(entry, notes=(*notes, *entry.notes))
                 elif reply["final"]:
                     raise error_from(reply)
