@@ -237,6 +237,20 @@ class SupportsProcesses(Protocol):
 
 
 @runtime_checkable
+class SupportsMismatch(Protocol):
+    """A family whose training compares recorded log-probabilities with the trainer's own forward.
+
+    `train` puts the result into its report's details as `mismatch`; where training starts from another model than
+    generated, the stage asks the one that did.
+    """
+
+    def mismatch(self, rows: Path) -> Mapping[str, Any]:
+        """|Δ| in nats a token between the log-probs that this model recorded for some of the rows and those of its
+        forward: `mean`, `p99`, `max`, the mean that is `allowed`, `tokens`, `completions`, and `worst`, pairs of sample
+        id and mean. Empty where it generated none of them."""
+
+
+@runtime_checkable
 class SupportsDescription(Protocol):
     """A family that describes its samples and their options; the default is completions and temperature."""
 
@@ -502,7 +516,8 @@ class MonitorInput:
     as were kept. `held_out`, of the evaluation: sample_id, prompt_id, k, score, and, where measured, held_out (the
     reward that `judge` names) and log_ratio (log p - log p0, nats); `earlier` are the same of rounds 0, 1, …. Both
     have, where known, `empty`, `clipped`, `length`, and `content`, equal for equal completions. `first` are the
-    measures of round 1's samples, None in round 1. `losses` are those of the round's optimizer steps.
+    measures of round 1's samples, None in round 1. `losses` are those of the round's optimizer steps. `mismatch`:
+    see SupportsMismatch; empty where nothing was measured.
     """
 
     round: int
@@ -513,3 +528,4 @@ class MonitorInput:
     judge: str
     first: Mapping[str, Any] | None
     losses: Sequence[float] = ()
+    mismatch: Mapping[str, Any] = field(default_factory=dict)

@@ -16,6 +16,7 @@ AlarmName = Literal[
     "near_duplicates",
     "kl_beyond_budget",
     "loss_diverges",
+    "log_probs_mismatch",
     "equal_scores",
     "identical_candidates",
     "empty_answers",
@@ -62,6 +63,9 @@ class GuardsConfig(ConfigSection):
     most that best-of-K can cause, and more than max_kl_per_token."""
     max_kl_per_token: float = Field(1.0, gt=0)
     """kl_beyond_budget without max_kl: KL to the initial model, nats per token, above 0."""
+    max_mismatch: float | None = Field(None, gt=0)
+    """log_probs_mismatch: nats per token between recorded log-probabilities and the trainer's, above 0; none: what the
+    model's arithmetic explains, from 1e-3 in float32 and 0.1 in 16 bits on."""
     loss_factor: float = Field(2.0, gt=1)
     """loss_diverges: above 1, the mean loss of a round's last steps relative to its first."""
     equal_share: float = Field(0.5, gt=0, le=1)

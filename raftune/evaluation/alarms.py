@@ -99,6 +99,7 @@ class RoundMonitor:
             distances = by_group(prompt_numbers(generated)[rows], small_ND, rms_distance)
             of_generated |= {"pixel_distance": finite_mean(distances)} | image_measures(control)
             of_kept |= image_measures(kept)
+        of_generated |= {f"mismatch_{name}": inputs.mismatch.get(name) for name in ("mean", "p99")}
         return {
             name: {measure: value for measure, value in result.items() if value is not None}
             for name, result in (("generated", of_generated), ("selected", of_kept))
@@ -575,6 +576,25 @@ def kl_beyond_budget(data: RoundData) -> Alarm | None:
     )
 
 
+def log_probs_mismatch(data: RoundData) -> Alarm | None:
+    """Raised where the log-probabilities recorded while generating are not those of the trainer's own forward: another
+    model generated than was trained (stale weights), or the backend computes something else. Names the worst samples.
+    """
+    measured = data.inputs.mismatch
+    if not measured or measured["mean"] <= (allowed := data.limits.max_mismatch or measured["allowed"]):
+        return None
+    numbers = {name: measured[name] for name in ("mean", "p99", "max", "tokens", "completions")}
+    return Alarm(
+        "log_probs_mismatch",
+        "Recorded log-probabilities are not the trained model's",
+        f"those recorded while generating are {measured['mean']:.2g} nats a token from the trainer's own (99th "
+        f"percentile {measured['p99']:.2g}; {measured['tokens']} tokens of {measured['completions']} completions); "
+        f"{allowed:.2g} are allowed",
+        numbers | {"allowed": allowed},
+        [(name, f"{nats:.2g} nats a token from the trainer's") for name, nats in measured["worst"] if nats > allowed],
+    )
+
+
 def loss_diverges(data: RoundData) -> Alarm | None:
     """Raised where the mean loss of the last tenth of a round's steps is so many times that of the first tenth."""
     losses = data.inputs.losses
@@ -691,6 +711,7 @@ ALARMS: tuple[Callable[[RoundData], Alarm | None], ...] = (
     part_dominates,
     kl_beyond_budget,
     loss_diverges,
+    log_probs_mismatch,
     equal_scores,
     identical_candidates,
     partial(flagged, flag="empty"),

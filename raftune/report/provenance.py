@@ -134,7 +134,9 @@ def generation(reader: RunReader) -> str:
     models = {round_: reader.commits.get((round_, "model")) for round_ in reader.rounds("model")}
     adapted = [r for r, manifest in models.items() if manifest and "adapter_config.json" in manifest.files]
     probe = reader.json(adapted[-1], "model", "parity.json") if adapted else {}
+    trained = [r for r, manifest in models.items() if manifest and "training.json" in manifest.files]
     try:
-        return generation_words(record, probe or None) if record else ""
+        mismatch = reader.json(trained[-1], "model", "training.json")["details"].get("mismatch") if trained else None
+        return generation_words(record, probe or None, mismatch) if record else ""
     except (KeyError, TypeError, ValueError, AttributeError):
         return ""

@@ -82,6 +82,9 @@ def sample_stats(run: RunFolder, round_: int, encoder: Any = None) -> tuple[dict
                 result |= {"completions/min_length": float(finite.min()), "completions/max_length": float(finite.max())}
     if flat:
         result["frac_reward_zero_std"] = float(np.mean(flat))
+    mismatch = mismatch_of(run, round_)
+    for name in ("mean", "p99", "max") if mismatch else ():
+        result[f"sampling/sampling_logp_difference/{name}"] = float(mismatch[name])
     return result, tokens
 
 
@@ -103,6 +106,12 @@ def held_out(metrics: Mapping[str, Any], prefix: str = "eval", *, ends: bool = F
             yield name, float(value)
 
     return {key: number for name, value in metrics.items() for key, number in flat(f"{prefix}_{name}", value)}
+
+
+def mismatch_of(run: RunFolder, round_: int) -> dict[str, Any]:
+    """How far recorded log-probabilities of a round are from the trainer's, see SupportsMismatch; empty without any."""
+    path = run.folder(round_, "model") / "training.json"
+    return dict(read_json(path)["details"].get("mismatch", {})) if path.is_file() else {}
 
 
 def losses(run: RunFolder, round_: int) -> list[float]:

@@ -86,7 +86,11 @@ def generation_of(run: RunFolder, rounds: Sequence[int]) -> str:
         return ""
     adapted = [r for r in rounds if (run.folder(r, "model") / "adapter_config.json").is_file()]
     probe = run.folder(adapted[-1], "model") / "parity.json" if adapted else record
-    return generation_words(read_json(record), read_json(probe) if probe != record and probe.is_file() else None)
+    reports = [run.folder(r, "model") / "training.json" for r in rounds if r]
+    trained = [path for path in reports if path.is_file()]
+    mismatch = read_json(trained[-1])["details"].get("mismatch") if trained else None
+    adapter = read_json(probe) if probe != record and probe.is_file() else None
+    return generation_words(read_json(record), adapter, mismatch)
 
 
 def may_alarm(run: RunFolder, round_: int) -> bool:

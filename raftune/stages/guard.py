@@ -61,6 +61,7 @@ class GuardStage(SingleStage):
 
     def run(self, inputs: StageInputs, out: Path) -> None:
         verdicts = read_verdicts(inputs["select"] / "verdicts.parquet", _VERDICT)
+        training = read_json(inputs["model"] / "training.json")
         evidence = MonitorInput(
             round=self.round,
             samples=self.counts(pa.concat_tables(self._samples(inputs, chunk, table) for chunk, table in verdicts)),
@@ -69,7 +70,8 @@ class GuardStage(SingleStage):
             earlier=[_held_out(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
             judge=self.judge,
             first=read_json(inputs["guard@1"] / "metrics.json")["generated"] if self.round > 1 else None,
-            losses=read_json(inputs["model"] / "training.json")["losses"],
+            losses=training["losses"],
+            mismatch=training["details"].get("mismatch", {}),
         )
         measures = self.monitor.measures(evidence)
         (out / "metrics.json").write_bytes(json_bytes(plain(measures)))

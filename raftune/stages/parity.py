@@ -47,22 +47,33 @@ def read_backend(folder: Path) -> dict[str, Any] | None:
 
 
 def generation_words(
-    record: Mapping[str, Any], probe: Mapping[str, Any] | None = None, *, distance: bool = True
+    record: Mapping[str, Any],
+    probe: Mapping[str, Any] | None = None,
+    mismatch: Mapping[str, Any] | None = None,
+    *,
+    distance: bool = True,
 ) -> str:
-    """How a run generates, in a line: `record` is its backend.json, `probe` the parity.json of its newest adapter.
+    """How a run generates, in a line: `record` is its backend.json, `probe` the parity.json of its newest adapter,
+    `mismatch` that of its newest trained round (see SupportsMismatch).
 
     Raises KeyError, TypeError, ValueError for an invalid record.
     """
+    compared = []
+    if mismatch:
+        mean, p99, tokens = (float(mismatch[name]) for name in ("mean", "p99", "tokens"))
+        compared.append(
+            f"recorded log-probabilities of the newest round {mean:.0e} nats a token from the trainer's "
+            f"(99th percentile {p99:.0e}, {tokens:.0f} tokens)"
+        )
     if "own" in record:
-        return f"{record['own']}, a backend of your own"
+        return "; ".join([f"{record['own']}, a backend of your own", *compared])
     why = f" ({record['auto']})" if record.get("auto") else ""
     if (server := record.get("server")) is not None:
         names = {"vllm": "vLLM", "openai": "a server of version"}
         device = f" on the {server['device']}" if "device" in server else ""
         exact = "a seed gives the same bytes" if server["reproducible"] else "a repeated sample differs"
-        return (
-            f"{names.get(server['kind'], server['kind'])} {server['version']}, {server['dtype']}{device}; {exact}{why}"
-        )
+        name = f"{names.get(server['kind'], server['kind'])} {server['version']}, {server['dtype']}{device}"
+        return "; ".join([name, f"{exact}{why}", *compared])
     backend = record.get("way") or ("forked" if not record["forked"] else "single" if record["rows"] else "generate")
     parts = ["shared prefix (a prompt is computed once for all of its completions)"]
     shared = backend in ("fused", "forked")
@@ -77,4 +88,4 @@ def generation_words(
     if probe is not None:
         merged = "merged into the weights" if probe["merge"] else "beside the weights, whose 16 bits cannot hold it"
         parts.append(f"the adapter {merged}")
-    return "; ".join(parts)
+    return "; ".join([*parts, *compared])

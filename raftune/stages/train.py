@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from raftune.config.training import SHARING, TrainingConfig
-from raftune.protocols import PolicyProvider, SingleStage, StageInputs, TrainReport
+from raftune.protocols import PolicyProvider, SingleStage, StageInputs, SupportsMismatch, TrainReport
 from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import dump_json
 from raftune.store.parquet import column_names, read_table
@@ -67,8 +68,14 @@ class TrainStage(SingleStage):
             report, notes = self.train(inputs[self.base], rows, self.work, out)
         else:
             self.work.mkdir(parents=True, exist_ok=True)
+            mismatch: Mapping[str, Any] = {}
+            if inputs[self.base] != inputs["model@-1"]:  # else it is measured where training loads its model
+                generator = self.policies.at(inputs["model@-1"])
+                mismatch = generator.mismatch(rows) if isinstance(generator, SupportsMismatch) else {}
             policy = self.policies.fresh(inputs[self.base])
             report = policy.train(rows, self.work, out)
+            if mismatch:
+                report = replace(report, details={**report.details, "mismatch": mismatch})
             notes = policy.notes()
         dump_json(out / REPORT, asdict(report))
         return notes

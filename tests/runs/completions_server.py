@@ -36,6 +36,7 @@ class CompletionsService:
         self.start = folder
         self.tokenizer = loading.load_tokenizer(self.config, folder)
         self.models: dict[str, Any] = {"tiny": loading.load_weights(self.config, str(folder), None, CPU)}
+        self.first = self.models["tiny"]
         self.fault = ""
         self.requests = 0
         self.log: list[str] = []
@@ -102,7 +103,8 @@ class CompletionsService:
             stop_strings=tuple(body["stop"]),
             eos_ids=tuple(body["stop_token_ids"]),
         )
-        [[(ids, numbers, _)]] = generate(model, self.tokenizer, [prompt], [[seed]], settings, "forked")
+        used = self.first if self.fault == "stale prefixes" else model
+        [[(ids, numbers, _)]] = generate(used, self.tokenizer, [prompt], [[seed]], settings, "forked")
         if self.fault == "log-probs after temperature":
             row = TokenizedCompletion.of(prompt, ids)
             logits = model(torch.tensor([row.ids.tolist()])).logits[0, row.start - 1 : -1] / (temperature or 1.0)

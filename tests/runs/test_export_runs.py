@@ -180,6 +180,9 @@ def test_an_adapter_is_published_merged_as_a_plain_model_of_the_same_function(fo
     assert "AutoModelForCausalLM.from_pretrained" in text and "library_name: transformers" in text
     with pytest.raises(ConfigError, match="--merged needs a round with a LoRA adapter"):
         publish_model(folder / "lora", tmp_path / "start", 0, merged=True)
+    refused = ["export", str(folder / "lora"), "--format", "model", "--merged", "--round", "0"]
+    assert main([*refused, "--out", str(tmp_path / "refused")]) == 2
+    assert not (tmp_path / "refused").exists()  # the same command has to work where it was interrupted
 
 
 def test_sft_rows_are_what_was_kept(folder: Path, tmp_path: Path) -> None:

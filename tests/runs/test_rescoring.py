@@ -275,3 +275,59 @@ def test_too_many_failures_name_the_command_that_asks_about_them_alone(tmp_path:
     rewards = {"batch_size": 1, "max_failure_fraction": 0.0}
     with pytest.raises(RewardError, match="--from score --only error,invalid"):
         run(tiny.config(tmp_path, **{**NEVER, "rewards": rewards}), tiny.objects(FailingReward()))
+
+
+# -- wherever a run is worked on ---------------------------------------------------------------------------------------
+
+BROKEN = "def worth(prompts, completions, **columns):\n    return [c / (c != 3) for c in completions]\n"
+MENDED = "def worth(prompts, completions, **columns):\n    return [100.0 + c for c in completions]\n"
+
+
+def assert_only_failed_changed(before: Rows, after: Rows) -> None:
+    failed = {name for name, row in before.items() if row["status"] == "error"}
+    assert failed and failed != before.keys() == after.keys()
+    assert all(after[name] == row for name, row in before.items() if name not in failed)
+    assert {after[name]["score"] for name in failed} == {103.0}
+
+
+@pytest.fixture
+def reward(tmp_path: Path) -> Path:
+    """A reward's file; each score is asked for alone, so that an error is of one sample."""
+    (tmp_path / "reward.py").write_text(BROKEN)
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": {i % 4}}}\n' for i in range(20)))
+    return tmp_path / "reward.py"
+
+
+def of_files(root: Path, reward: Path, **changes: Any) -> Any:
+    prompts = str(reward.parent / "prompts.jsonl")
+    sections = {
+        "data": {"prompts": prompts},
+        "evaluation": {"prompts": prompts, "num_prompts": 8, "num_generations": 4},
+        "rewards": {"reward_funcs": [f"{reward}:worth"], "batch_size": 1},
+        "num_rounds": 1,
+    }
+    return tiny.config(root, **{**sections, **changes})
+
+
+@pytest.mark.slow
+def test_workers_score_the_failed_samples_alone_again(tmp_path: Path, reward: Path) -> None:
+    root = tmp_path / "run"
+    run(of_files(root, reward, engine={"workers": 2}))
+    before = scores(root)
+    reward.write_text(MENDED)
+    resume(root, redo="score", only="error")
+    assert_only_failed_changed(before, scores(root))
+    assert verify(root) == []
+
+
+@pytest.mark.slow
+def test_evaluate_scores_the_failed_samples_alone_again(tmp_path: Path, reward: Path) -> None:
+    run(of_files(tmp_path / "run", reward))
+    root = tmp_path / "evaluation"
+    command = ["evaluate", f"{tmp_path / 'run'}@start", "--output-dir", str(root), "--evaluation.num-generations", "6"]
+    assert main(command) == 0
+    before = scores(root, "round-0000/evaluate/score")
+    reward.write_text(MENDED)
+    assert main([*command, "--from", "evaluation-score", "--only", "error"]) == 0
+    assert_only_failed_changed(before, scores(root, "round-0000/evaluate/score"))
+    assert verify(root) == []

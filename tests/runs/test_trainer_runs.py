@@ -454,3 +454,22 @@ def test_without_the_hub_a_push_says_so(trained: RaftTrainer, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(StoreError, match="push_to_hub needs the hub, and HF_HUB_OFFLINE is set"):
         trained.push_to_hub()
+
+
+def test_train_scores_the_failed_samples_alone_again(tmp_path: Path) -> None:
+    def moody(completions: list[str], **columns: Any) -> list[float]:
+        return [1.0 / (len(text) % 2) for text in completions]
+
+    def mended(completions: list[str], **columns: Any) -> list[float]:
+        return [100.0] * len(completions)
+
+    mended.__name__ = moody.__name__
+    folder = tmp_path / "run"
+    small = {"num_rounds": 1, "num_eval_prompts": 0, "run_config": {**HERE["run_config"], "rewards.batch_size": 1}}
+    trainer(folder, moody, **small).train()
+    before = read_table(folder / "round-0001/score/chunk-00000.parquet").to_pylist()
+    trainer(folder, mended, **small).train(redo="score", only="error")
+    after = read_table(folder / "round-0001/score/chunk-00000.parquet").to_pylist()
+    assert {row["status"] for row in before} == {"ok", "error"}
+    for old, new in zip(before, after, strict=True):
+        assert new["score"] == (100.0 if old["status"] == "error" else old["score"])

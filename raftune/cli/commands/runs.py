@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -160,5 +161,9 @@ def export(
         raise ConfigError(f"--out must be a folder for a model; got {path.name!r}. Rename it.")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--out must not exist yet, or be empty; {path} is not. Choose another name.")
-    publish_model(run, path, int(round_) if round_ and round_.isdigit() else None, merged)
+    try:
+        publish_model(run, path, int(round_) if round_ and round_.isdigit() else None, merged)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)  # it held nothing before, and the same command has to work again
+        raise
     echo(f"Wrote the model and its card to {path}.")

@@ -26,6 +26,7 @@ from raftune.policies.causal_lm.encoding import TextEncoder, keep_date, read_dat
 from raftune.policies.causal_lm.footprint import ModelFootprint
 from raftune.policies.causal_lm.likelihood import TokenizedCompletion, log_probs
 from raftune.policies.causal_lm.loading import model_usage, write_model
+from raftune.policies.causal_lm.mismatch import generated_round, mismatch, recorded_rows
 from raftune.policies.causal_lm.sampling.backend import BackendChoice, choose_backend, generate, generate_by, replay
 from raftune.policies.causal_lm.sampling.completions import CompletionBatch
 from raftune.policies.causal_lm.sampling.parity import check_parity
@@ -410,11 +411,14 @@ class CausalLM:
         seed, adapter_seed = derive_seed(self.config.seed, "tune", data.round), derive_seed(self.config.seed, "adapter")
         settings = training.model_dump_json(exclude={*SHARING}) + "".join(objective_code(training).values())
         probed, before = probe_rows(data.examples), list[list[float]]()
+        recorded, measured = recorded_rows(rows, self.encoder, self.folder), dict[str, Any]()
 
         def load(device: torch.device) -> Any:
             model = loading.load_round(policy, self.folder, self.start_folder, device, adapter_seed)
-            if current().first:
-                before[:] = plain_log_probs(model, probed, self._pad_id)  # before any checkpoint is read into it
+            # Before any checkpoint is read into it. With start_from: start, it is not the model of the round before.
+            if current().first and not before and generated_round(self.folder, data.round):
+                before[:] = plain_log_probs(model, probed, self._pad_id)
+                measured.update(mismatch(model, recorded, self.folder, self._pad_id))
             return model
 
         task = FitTask(
@@ -434,7 +438,14 @@ class CausalLM:
         probe_of_fit(plain, probed, before, self._pad_id).write(out)
         self._notes |= dict.fromkeys(fitted.notes)
         tokens = sum(example.tokens for example in data.examples)
-        return fitted.report(len(data.examples), {"tokens": tokens, "left_out_truncated": data.truncated})
+        details = {"tokens": tokens, "left_out_truncated": data.truncated}
+        return fitted.report(len(data.examples), details | ({"mismatch": measured} if measured else {}))
+
+    def mismatch(self, rows: Path) -> Mapping[str, Any]:
+        """How far the log-probs recorded in these training rows are from this model's, if it generated them."""
+        if self._servers is not None:
+            self._servers.release()
+        return mismatch(self.model, recorded_rows(rows, self.encoder, self.folder), self.folder, self._pad_id)
 
     @classmethod
     def publish(

@@ -39,9 +39,10 @@ CANNOT_TELL = "it cannot be told"
 class WeightProbe:
     """Fixed ids, and the trained model's log-probabilities.
 
-    `log_probs` are nats of each completion token; `before` the same under the model that the training started from,
-    None where nothing was trained. `noise` is the mean distance (nats a token) of the same model's log-probs when the
-    rows share one padded batch. `merge` says whether an adapter may be merged for generation.
+    `log_probs` are nats of each completion token; `before` the same under the model of the round before, None where
+    there is none, empty where training started from another model. `noise` is the mean distance (nats a token) of the
+    same model's log-probs when the rows share one padded batch. `merge` says whether an adapter may be merged for
+    generation.
     """
 
     prompts: list[list[int]]
@@ -82,6 +83,8 @@ class WeightProbe:
         after, allowed = np.concatenate(self.log_probs), self._allowed(dtype)
         distance = float(np.abs(served - after).mean())
         fault = f"it differs from what training ended with by {distance:.2g} nats a token on the same tokens"
+        if self.before == [] and distance <= allowed and {dtype, self.dtype} - LIMITS.keys():
+            return f"{CANNOT_TELL} whether it serves this round's model or the one before: that is not in the probe"
         before = np.concatenate(self.before or self.log_probs)
         change, moved = after - before, served - before
         length = float(np.linalg.norm(change))

@@ -54,3 +54,6 @@ def test_where_rounding_hides_what_a_round_changed_the_check_says_that_it_cannot
         rounded = [[nats + random.normal(scale=0.05) for nats in row] for row in served]
         assert probe.check(rounded, "bfloat16").startswith(CANNOT_TELL)
     assert replace(probe, before=None).check(old, "float32") == ""  # as a probe of an older version
+    from_the_start = replace(probe, before=[])  # the model before is not known: the distance alone decides
+    assert from_the_start.check(new, "bfloat16").startswith(CANNOT_TELL)
+    assert from_the_start.check(new, "float32") == ""
