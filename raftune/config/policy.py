@@ -56,6 +56,10 @@ class DiffusionPolicy(ConfigSection):
     device: str = "auto"
     """auto, cpu, cuda or mps: one device; with several GPUs the first visible one."""
     adapter: AdapterConfig | None = Field(None, description="LoRA; none: the whole denoiser is trained.")
+    cpu_offload: bool = Field(False, description="Generate with one part of the pipeline on the GPU at a time (CUDA).")
+    vae_slicing: bool = Field(False, description="The VAE takes one image at a time: less memory.")
+    vae_tiling: bool = False
+    """The VAE takes large images in overlapping tiles: less memory. Pixels change above its tile size."""
     pipeline_init_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of DiffusionPipeline.from_pretrained."""
 

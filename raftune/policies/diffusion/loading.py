@@ -178,6 +178,15 @@ def read_pipeline(config: DiffusionPolicy, source: PipelineSource, part: Pipelin
     for component, module in pipe.components.items():
         if isinstance(module, torch.nn.Module) and component != part.name:
             module.requires_grad_(False).eval()
+    vae = getattr(pipe, "vae", None)
+    for field, method in (("vae_slicing", "enable_slicing"), ("vae_tiling", "enable_tiling")):
+        if not getattr(config, field):
+            continue
+        try:
+            getattr(vae, method)()
+        except (AttributeError, NotImplementedError):
+            holder = "no VAE" if vae is None else f"a {type(vae).__name__}, which cannot do it"
+            raise ConfigError(f"policy.{field} needs a VAE that can; this {name} has {holder}. Leave it out.") from None
     return pipe
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,14 @@ class Diffusion:
         trains = getattr(config, "num_rounds", 1) > 0
         loading.write_start(config.policy, out, model, trains=trains)
         policy = cls(config, out, out)
+        policy.check_offload()
         policy.check_config()  # needs no weights, so a large model is not read in vain
         frozen, denoiser = policy.frozen, policy.sampler.denoiser
         for name, module in {**frozen.modules, frozen.denoiser.name: denoiser}.items():
             check_finite(module, f"{name}/")
-        with frozen.on(policy.device, "vae", "text_encoder", "safety_checker"):
+        if config.policy.cpu_offload:  # the parts may not fit together: they are checked on the CPU
+            denoiser.to("cpu")
+        with frozen.on(denoiser.device, "vae", "text_encoder", "safety_checker"):
             (check_parity if trains else check_seeds)(policy.sampler, policy.call.kwargs)
         return {
             "architecture": type(frozen.pipe).__name__,
@@ -154,6 +158,30 @@ class Diffusion:
         self.blank.check_prompts([prompt.content])
         return self.encoder.unseen(prompt.content) if isinstance(prompt.content, str) else None
 
+    def check_offload(self) -> None:
+        """Raises ConfigError for policy.cpu_offload where there is no GPU to take parts from."""
+        if self.config.policy.cpu_offload and self.device.type != "cuda":
+            raise ConfigError(
+                f"policy.cpu_offload needs a CUDA device, whose memory it saves; got {self.device}. Leave it out."
+            )
+
+    @contextmanager
+    def placed(self, denoiser: Any) -> Iterator[Callable[[], PipelineAdapter]]:
+        """Within, calls of the pipeline with this denoiser run on the device; yields what makes its adapter. With
+        policy.cpu_offload each part is there while it is used alone."""
+        if not self.config.policy.cpu_offload:
+            with self.frozen.on(self.device, "vae", "safety_checker"):
+                yield lambda: self.bound(denoiser)
+            return
+        self.check_offload()
+        adapter = self.bound(denoiser)
+        adapter.pipe.enable_model_cpu_offload(device=self.device)
+        try:
+            yield lambda: adapter
+        finally:
+            adapter.pipe.maybe_free_model_hooks()
+            adapter.pipe.remove_all_hooks()  # the VAE's would hold the denoiser, and later rounds share the VAE
+
     # -- generating ----------------------------------------------------------------------------------------------------
 
     def generate(self, chunk: Chunk) -> list[Sample]:
@@ -167,9 +195,9 @@ class Diffusion:
         if is_guided(self.blank, call):
             negative = self.encoder.empty(self.config.sampling.diffusion.negative_prompt)
         denoiser = self.sampler.denoiser  # read after the prompts, which may be refused
-        with self.frozen.on(self.device, "vae", "safety_checker"):
+        with self.placed(denoiser) as bound:
             payloads = generate(
-                lambda: self.bound(denoiser),
+                bound,
                 conditions,
                 negative,
                 [chunk.seeds[i][k] for i, k in order],
