@@ -47,18 +47,18 @@ def main() -> None:
 
 
 def workers_of(root: Path, engine: dict[str, Any], prompts: int, name: str) -> None:
-    """Two rounds of 64 prompts x 8 of the starter, in 8 chunks; the second is timed."""
+    """Two rounds of 256 prompts x 8 of the starter, in 16 chunks; the second is timed."""
     import raftune
 
     raftune.run(
         {
             "output_dir": str(root),
             "num_rounds": 2,
-            "prompts_per_round": 64,
+            "prompts_per_round": 256,
             "report": False,
             "data": {"prompts": "starter"},
             "policy": {"family": "causal_lm", "model": "starter"},
-            "sampling": {"num_generations": 8, "chunk_size": 8, "max_completion_length": 48},
+            "sampling": {"num_generations": 8, "chunk_size": 16, "max_completion_length": 48},
             "rewards": {"reward_funcs": ["starter:judge"]},
             "training": {"max_steps": 1},
             "evaluation": {"num_prompts": 0},
@@ -66,11 +66,17 @@ def workers_of(root: Path, engine: dict[str, Any], prompts: int, name: str) -> N
             "engine": engine,
         }
     )
+    print(f"{name}: {stage_words(root, 2, 'generate', engine['workers'])}", flush=True)
+
+
+def stage_words(root: Path, round_: int, name: str, workers: int) -> str:
+    """The time of a stage and its chunks, and what a chunk costs a worker beyond its own time."""
     events = [json.loads(line) for line in (root / "events.jsonl").read_text().splitlines()]
-    stage = [e for e in events if e.get("round") == 2 and e.get("stage") == "generate"]
+    stage = [e for e in events if e.get("round") == round_ and e.get("stage") == name]
     seconds = next(e["seconds"] for e in stage if e["event"] == "stage_end")
     chunks = [e["seconds"] for e in stage if e["event"] == "chunk"]
-    print(f"{name}: generate {seconds:.2f} s; {len(chunks)} chunks of {statistics.median(chunks):.2f} s", flush=True)
+    beyond = (seconds * workers - sum(chunks)) / len(chunks) * 1e3
+    return f"{name} {seconds:.2f} s; {len(chunks)} chunks of {statistics.median(chunks):.3f} s, {beyond:.1f} ms beyond"
 
 
 def large(root: Path, engine: dict[str, Any], prompts: int, name: str) -> None:
@@ -106,6 +112,7 @@ def large(root: Path, engine: dict[str, Any], prompts: int, name: str) -> None:
     stages = {e["stage"]: e["seconds"] for e in events if e["event"] == "stage_end" and e["round"] == 1}
     print(f"{name}: {time.perf_counter() - began:.0f} s, {most['driver'] / MIB:.0f} MiB in the driver, ", end="")
     print(f"{most['workers'] / MIB:.0f} MiB in its {most['count']} other processes", flush=True)
+    print(f"  {stage_words(root, 1, 'score', engine['workers'])}")
     print("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stages.items()), flush=True)
 
 
