@@ -16,7 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-    from raftune.cli.app import app
-    from raftune.cli.errors import run_command
+    try:
+        from raftune.cli.app import app
+        from raftune.cli.errors import run_command
 
-    return run_command(app, list(sys.argv[1:] if argv is None else argv))
+        return run_command(app, list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # while modules are imported, or again while the first is reported
+        os.write(2, b"\nstopped at once.\n")
+        return 130

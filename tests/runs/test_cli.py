@@ -271,6 +271,24 @@ def test_a_second_signal_ends_at_once(fresh: Path) -> None:
     assert "stopped at once" in done.stderr
 
 
+@pytest.mark.parametrize("module", ["raftune.cli.app", "raftune.cli.output"])
+def test_an_interrupt_while_modules_are_imported_ends_in_a_line(module: str, tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys
+class InterruptImport:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, InterruptImport())
+from raftune.cli import main
+sys.exit(main(["runs", "nothing"]))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "stopp" in done.stderr and "Traceback" not in done.stderr
+
+
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 
