@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,35 +59,45 @@ def render(data: ReportData) -> str:
 def rewriting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Callback]:
     """A callback that also keeps the run's page up to date; just the given one where the configuration has it off.
 
-    The page is written when a round that had something to do is over, and at the end.
+    The page of a round that had something to do is written by a thread while the next round generates, from committed
+    files only; the last page is complete when this ends.
     """
     if not config.report:
         yield observe
         return
     images: dict[str, EmbeddedImage | None] = {}  # the next page shows most of them again
     num_rounds, stale, warned = 0, False, False
+    thread = ThreadPoolExecutor(1, "raftune report")
+    page: Future[Path] | None = None
 
     def write(working: bool) -> None:
-        nonlocal stale, warned
-        try:
-            write_report(root, working=working, images=images)
-            stale = False
-        except Exception as error:
-            if not warned:
-                why = f"{type(error).__name__}: {first_line(error)}"
-                warnings.warn(f"report.html could not be written, and the run goes on without it: {why}", stacklevel=3)
+        nonlocal stale, page
+        finish()
+        page = thread.submit(write_report, root, working=working, images=images)
+        stale = False
+
+    def finish() -> None:
+        """Waits for the page that is being written; an error is a warning, once."""
+        nonlocal warned, page
+        error, page = page.exception() if page is not None else None, None
+        if error is not None and not warned:
             warned = True
+            why = f"{type(error).__name__}: {first_line(error)}"
+            warnings.warn(f"report.html could not be written, and the run goes on without it: {why}", stacklevel=3)
 
     def both(kind: str, facts: dict[str, Any]) -> None:
         nonlocal num_rounds, stale
         if kind == "round_begin":
             num_rounds = facts["of"]
+        elif kind == "stage_begin" and facts["stage"] == "train":
+            finish()  # the end of a round may delete weights and latents
         elif kind == "stage_end":
             stale = True
         elif kind == "round_end" and facts["round"] < num_rounds and stale:
             write(working=True)
         elif kind == "end":
             write(working=False)
+            finish()
         observe(kind, facts)  # last: it may end the run
 
     try:
@@ -98,6 +109,9 @@ def rewriting(config: RunConfig, root: Path, observe: Callback) -> Iterator[Call
         if stale:
             write(working=True)
         raise
+    finally:
+        finish()
+        thread.shutdown()
 
 
 __all__ = ["NAME", "ReportData", "collect", "render", "rewriting", "write_report"]

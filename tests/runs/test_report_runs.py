@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,12 +180,32 @@ def test_it_is_written_anew_after_every_round_and_at_the_end(tmp_path: Path) -> 
     seen: list[tuple[str, list[int]]] = []
 
     def observe(kind: str, facts: dict[str, Any]) -> None:
-        if kind in ("round_end", "end") and (kind == "end" or facts["round"] < 2):
+        if kind == "end" or (kind == "stage_begin" and facts["stage"] == "train"):  # written while a round generates
             found = document_of(root)["run"]
             seen.append((found["status"], found["rounds"]))
 
     run(tiny.config(root, report=True), tiny.objects(), observe=observe)
     assert seen == [("running", [0]), ("running", [0, 1]), ("finished", [0, 1, 2])]
+
+
+def test_the_next_round_generates_while_a_page_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, generating = tmp_path / "run", threading.Event()
+    written: list[str] = []
+
+    def slow(*args: Any, **options: Any) -> Path:
+        assert generating.wait(60)
+        path = write_report(*args, **options)
+        written.append(document_of(root)["run"]["status"])
+        return path
+
+    def observe(kind: str, facts: dict[str, Any]) -> None:
+        if kind == "stage_begin" and facts["stage"] == "generate":
+            assert written == []
+            generating.set()
+
+    monkeypatch.setattr("raftune.report.write_report", slow)
+    run(tiny.config(root, report=True, num_rounds=1), tiny.objects(), observe=observe)
+    assert written == ["running", "finished"]
 
 
 def test_a_run_that_fails_leaves_the_page_of_its_last_round(tmp_path: Path) -> None:
