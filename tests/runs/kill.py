@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -71,23 +72,25 @@ class Watch:
 
     def begin(self) -> Watch:
         self.seen: list[str] = []
-        self.busy = False
+        self.busy = 0  # the thread that takes a snapshot
+        self.lock = threading.Lock()
         sys.addaudithook(self._record)
         return self
 
     def _record(self, kind: str, facts: tuple[Any, ...]) -> None:
         if kind == "open" and not facts[2] & _WRITES:
             return
-        if (kind == "open" or kind in _CHANGES) and self._ours(facts[0]) and not self.busy:
-            self.seen.append(f"{kind} {self._where(facts[0])}")
-            if self.code:
-                self._fail(kind, facts[0])
-            elif len(self.seen) == self.stop:
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif self.snapshot:
-                self.busy = True
-                self.snapshot(len(self.seen))
-                self.busy = False
+        if (kind == "open" or kind in _CHANGES) and self._ours(facts[0]) and self.busy != threading.get_ident():
+            with self.lock:  # the event of another thread happens before a snapshot or after it
+                self.seen.append(f"{kind} {self._where(facts[0])}")
+                if self.code:
+                    self._fail(kind, facts[0])
+                elif len(self.seen) == self.stop:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif self.snapshot:
+                    self.busy = threading.get_ident()
+                    self.snapshot(len(self.seen))
+                    self.busy = 0
 
     def _fail(self, kind: str, path: Any) -> None:
         if kind in ("open", "os.rename", "os.mkdir") and self.stop is not None and len(self.seen) >= self.stop:

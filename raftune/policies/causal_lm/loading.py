@@ -11,6 +11,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from raftune.policies.model_files import (
 )
 from raftune.protocols import ModelUsage
 from raftune.sanitize import first_line
+from raftune.store.commit import NAME as COMMIT
 from raftune.store.files import dump_json, fingerprint_of
 from raftune.training.devices import choose_device
 from raftune.training.load_errors import UNTRUSTED, why_not_loaded
@@ -159,6 +161,44 @@ def load_tokenizer(config: CausalLMPolicy, start: Path) -> Any:
         f"policy.tokenizer must name a tokenizer where the model has none; {problem} Save one there, or set "
         "policy.tokenizer."
     ) from cause
+
+
+@dataclass(frozen=True)
+class StartFacts:
+    """What all rounds have of the initial model beside its weights: tokenizer, ends of text, configurations."""
+
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    notes: tuple[str, ...]  # about the tokenizer
+    config: Any
+    generation: Mapping[str, Any]  # of the generation config, what differs from transformers' defaults
+
+
+_starts: dict[tuple[str, Path, int, int], StartFacts] = {}  # of the policy and of its teacher
+
+
+def start_facts(policy: CausalLMPolicy, start: Path) -> StartFacts:
+    """Read once for a committed folder, which does not change: reading it takes as long as loading a small model."""
+    try:
+        commit = (start / COMMIT).stat()
+    except FileNotFoundError:
+        return _read_facts(policy, start)
+    key = (policy.model_dump_json(), start.absolute(), commit.st_mtime_ns, commit.st_ino)
+    if key not in _starts:
+        facts = _read_facts(policy, start)
+        while len(_starts) >= 2:
+            del _starts[next(iter(_starts))]
+        _starts[key] = facts
+    return _starts[key]
+
+
+def _read_facts(policy: CausalLMPolicy, start: Path) -> StartFacts:
+    tokenizer = load_tokenizer(policy, start)
+    ends = eos_ids(policy, start, tokenizer)
+    notes = tuple(fill_pad_token(tokenizer, ends))
+    return StartFacts(
+        tokenizer, ends, notes, model_config(policy, start), generation_config(policy, start).to_diff_dict()
+    )
 
 
 def generation_config(config: CausalLMPolicy, start: Path) -> GenerationConfig:

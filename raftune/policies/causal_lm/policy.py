@@ -90,20 +90,19 @@ class CausalLM:
         self.config, self.folder, self.start_folder = config, folder, start
         policy, sampling = config.policy, config.sampling
         self.device = choose_device(policy.device)
-        self.tokenizer = loading.load_tokenizer(policy, start)
-        self.eos_ids = loading.eos_ids(policy, start, self.tokenizer)
-        self._notes: dict[str, None] = dict.fromkeys(loading.fill_pad_token(self.tokenizer, self.eos_ids))
+        facts = loading.start_facts(policy, start)
+        self.tokenizer, self.eos_ids = facts.tokenizer, facts.eos_ids
+        self._notes: dict[str, None] = dict.fromkeys(facts.notes)
         date = read_date(start) if writes_date(self.tokenizer) else None
         if date is not None:
             self._notes[f"the chat template writes the date: in this run it is always {date}"] = None
-        model_config = loading.model_config(policy, start)
-        limit = loading.context(model_config)
-        dtype = policy.dtype if policy.dtype != "auto" else str(model_config.dtype).removeprefix("torch.")
+        limit = loading.context(facts.config)
+        dtype = policy.dtype if policy.dtype != "auto" else str(facts.config.dtype).removeprefix("torch.")
         self._notes |= rounding_note(config, dtype)
         self.encoder = TextEncoder(self.tokenizer, sampling, limit, self.eos_ids[0], date)
         if (end := self.encoder.turn_end) is not None and end.token_id not in self.eos_ids:
             self.eos_ids = (*self.eos_ids, end.token_id)
-        defaults = loading.generation_config(policy, start).to_diff_dict()
+        defaults = facts.generation
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         differs = [name for name in names if defaults.get(name) not in (None, getattr(sampling, name))]
         if differs:
