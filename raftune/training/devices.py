@@ -45,10 +45,11 @@ def choose_device(spec: str, field: str = "policy.device") -> torch.device:
     return device
 
 
-def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """The array on the device. The call does not wait for a CUDA device: it copies from pinned memory."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def upload(values: npt.NDArray[Any] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The values on the device. The call does not wait for a CUDA device: it copies from pinned memory."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(values)
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

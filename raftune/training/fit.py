@@ -55,6 +55,7 @@ PADDING = "padding"  # of a batch: whether it is there only because other proces
 SMALL = 50_000_000  # parameters: below, a full garbage collection costs more than the memory it could free
 POOL = 50  # steps within which rows are sorted by length: enough to save padding, few enough to keep steps random
 MANY_PASSES = 10  # over a round's rows, above which a note says so
+NO_SUMS = torch.zeros(2, dtype=torch.float64)  # of losses and masses
 NEVER = 2**31 - 1  # steps between checkpoints, where time alone decides
 PASSED_ON = (
     *("learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay"),
@@ -372,7 +373,7 @@ class FitCallback(CheckpointCallback):
     def __init__(self, identity: str) -> None:
         super().__init__(identity, 0)
         self.processes = current()
-        self.loss = self.mass = 0.0
+        self.sums = NO_SUMS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.processes.rank:  # otherwise all processes would drop the same units
@@ -380,9 +381,9 @@ class FitCallback(CheckpointCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         save, stop = self.wishes() if self.processes.first else (False, False)
-        loss, mass, saving, stopping = self.processes.total([self.loss, self.mass, float(save), float(stop)])
+        loss, mass, saving, stopping = self.processes.total([*self.sums.tolist(), float(save), float(stop)])
         loss /= mass
-        self.loss = self.mass = 0.0
+        self.sums = NO_SUMS
         if not math.isfinite(loss):
             raise not_finite(f"The loss of step {state.global_step}", loss)
         state.log_history.append({"step": state.global_step, "step_loss": loss})
@@ -413,7 +414,8 @@ def not_finite(subject: str, value: object) -> NotFinite:
 def check_finite_weights(model: Any) -> None:
     """Raises ModelError, in every process, if a trained weight is NaN or infinite in one of them."""
     weights = trained(model)
-    bad = [name for name, weight in weights.items() if not bool(torch.isfinite(part_of(weight)).all())]
+    finite = torch.stack([part_of(weight).isfinite().all() for weight in weights.values()]).tolist()  # one transfer
+    bad = [name for name, good in zip(weights, finite, strict=True) if not good]
     if current().total([float(len(bad))])[0]:
         raise not_finite("Every weight", f"a NaN or an infinity in {bad[0]}" if bad else "a NaN or an infinity")
 
@@ -471,8 +473,8 @@ class FitTrainer(Trainer):  # type: ignore[misc]
         )
         pad = replace(rows[0], coefficient=0.0)
 
-        def collate(batch: list[Any]) -> Batch:
-            return {**self.task.collate(batch), PADDING: torch.tensor(batch[0] is pad)}
+        def collate(batch: list[Any]) -> dict[str, Any]:
+            return {**self.task.collate(batch), PADDING: batch[0] is pad}
 
         padded: Any = [*rows, pad]
         loader: Any = DataLoader(padded, batch_sampler=share, collate_fn=collate, pin_memory=size.dataloader_pin_memory)
@@ -497,8 +499,10 @@ class FitTrainer(Trainer):  # type: ignore[misc]
             loss, mass = model(inputs) if several else self.objective(inputs)
         if several and padding:
             loss, mass = loss * 0.0, mass * 0.0
-        self.watch.loss += loss.item()
-        self.watch.mass += mass.item()
+        # In float64, and read once a step: a GPU is not waited for at every micro-batch.
+        place = "cpu" if loss.device.type == "mps" else loss.device
+        sums = [part.detach().to(place).double() for part in (loss, mass)]
+        self.watch.sums = self.watch.sums.to(place) + torch.stack(sums)
         return loss * self.processes.world if several else loss  # their gradients are averaged
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -19,7 +19,7 @@ from raftune.arrays import FloatArray
 from raftune.errors import OutOfMemory
 from raftune.policies.causal_lm.loading import base_of, device_of, evaluating
 from raftune.store import partial
-from raftune.training.devices import is_out_of_memory
+from raftune.training.devices import is_out_of_memory, upload
 
 # Logits held in float32 at once while scoring: 64 Mi numbers, a quarter of a GiB.
 LOGITS_AT_ONCE = 1 << 26
@@ -122,7 +122,7 @@ def log_probs(model: Any, examples: Sequence[TokenizedCompletion], batch_size: i
 def token_log_probs(reader: CompletionLogits, rows: Sequence[TokenizedCompletion], pad_id: int) -> FloatArray:
     """(T,) nats of each completion token of a batch."""
     device = device_of(reader.model)
-    batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id).items()}
+    batch = {name: upload(tensor, device) for name, tensor in collate(rows, pad_id).items()}
     return reader.log_probs(reader.hidden(batch), batch["targets"])
 
 

@@ -7,7 +7,7 @@ the trained one is compared, is loaded after the trained one was saved and relea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ from raftune.policies.model_files import read_optimizer
 from raftune.protocols import TrainReport
 from raftune.records import INVALID, Prompt, derive_seed
 from raftune.training.checkpoints import identity
-from raftune.training.fit import Batch, FitTask, fit
+from raftune.training.devices import upload
+from raftune.training.fit import FitTask, fit
 from raftune.training.objectives import Normalization, coefficients, load_objective, read_weighted
 
 PROBED = 8  # rows at which the trained and the initial denoiser are compared
@@ -106,12 +107,13 @@ def _latents(row: dict[str, Any], shape: tuple[int, int, int]) -> torch.Tensor:
     return x0
 
 
-def batch_of(rows: Sequence[ImageRow]) -> Batch:
-    """x0 (N, C, h, w) float32, and of each row its number, its prompt and its coefficient."""
+def batch_of(rows: Sequence[ImageRow]) -> dict[str, Any]:
+    """x0 (N, C, h, w) float32, and of each row its coefficient, and (as lists, which stay on the host) its number and
+    its prompt."""
     return {
         "x0": torch.stack([row.x0.float() for row in rows]),
-        "rows": torch.tensor([row.number for row in rows]),
-        "prompts": torch.tensor([row.prompt for row in rows]),
+        "rows": [row.number for row in rows],
+        "prompts": [row.prompt for row in rows],
         "coefficients": torch.tensor([row.coefficient for row in rows], dtype=torch.float32),
     }
 
@@ -159,16 +161,17 @@ class DenoisingLoss:
             parts.append((shares(uniform, self.config, self.schedule), dropped, noise))
         return NoiseDraws(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
 
-    def terms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def terms(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The squared error of each row at each of its noise levels, summed over the elements of its latents; its share
         in the loss; and the weight of all."""
         x0, coefficients = batch["x0"], batch["coefficients"]
-        draws = self.draws(batch["rows"].tolist(), x0.shape[1:])
+        draws = self.draws(batch["rows"], x0.shape[1:])
         levels = draws.noise.shape[1]
-        prompts = torch.where(draws.dropped, len(self.conditions) - 1, batch["prompts"].cpu()[:, None]).flatten()
-        t = self.schedule.times(draws.shares.flatten()).to(x0.device)
+        asked = torch.tensor(batch["prompts"])[:, None]
+        prompts = torch.where(draws.dropped, len(self.conditions) - 1, asked).flatten()
+        t = upload(self.schedule.times(draws.shares.flatten()), x0.device)
         x0_levels = x0.repeat_interleave(levels, 0)
-        noise = draws.noise.flatten(0, 1).to(x0.device, x0.dtype)
+        noise = upload(draws.noise.flatten(0, 1).to(x0.dtype), x0.device)
         predicted = self.predict(self.schedule.noised(x0_levels, noise, t), t, prompts)
         errors = (predicted - self.schedule.target(x0_levels, noise, t)).square().flatten(1).sum(1)
         weights = self.schedule.weights(t, self.config.min_snr_gamma)
@@ -176,7 +179,8 @@ class DenoisingLoss:
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """(N, C, h, w) in float32; `prompts` (N,) are rows of the conditions."""
-        conditions = self.conditions.take(prompts).to(x_t.device)
+        taken = self.conditions.take(prompts).tensors.items()
+        conditions = Conditions({name: upload(tensor, x_t.device) for name, tensor in taken})
         return self.adapter.predict(x_t.to(self.adapter.denoiser.dtype), t, conditions).float()
 
 

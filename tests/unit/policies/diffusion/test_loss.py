@@ -177,7 +177,7 @@ def test_rows_give_back_the_latents_that_were_generated_bit_for_bit(tmp_path: Pa
     found = read_rows(write_rows(tmp_path / "r.parquet", rows, round_=5), (4, 2, 2), "token", 3)
     batch = batch_of(found.rows)
     assert torch.equal(batch["x0"], x0.float())
-    assert batch["prompts"].tolist() == [0, 1, 0]
+    assert batch["prompts"] == [0, 1, 0]
     assert [prompt.content for prompt in found.prompts] == ["a", "b"]
     assert found.round == 5
 
