@@ -121,7 +121,7 @@ def forecast(
         if measured and not model.not_tried:
             result = probe(runtime, data, Path(scratch) / "probe", trial)
             peaks = model.peaks(result.drawing, result.training, config, longest, rows)
-            times = seconds_by_stage(result, planned, runtime, sharing.times)
+            times = seconds_by_stage(result, planned, runtime, sharing.times, sharing.training_times)
             notes += result.notes
             if "training" in times and planned.rounds:
                 fit = times["training"] / planned.rounds

@@ -485,10 +485,10 @@ def mean_tokens(samples: pa.Table) -> float:
 
 
 def seconds_by_stage(
-    result: ProbeResult, planned: RoundAmounts, runtime: Runtime, times: float = 1.0
+    result: ProbeResult, planned: RoundAmounts, runtime: Runtime, times: float = 1.0, training_times: float = 1.0
 ) -> dict[str, float]:
     """Seconds of the whole run by kind of work; without the kinds that were not measured. `times`: how many times as
-    fast as this process all workers together are, where there are chunks."""
+    fast as this process all workers together are, where there are chunks; `training_times`: all that train."""
     config, rounds = runtime.config, planned.rounds
     width = config.sampling.batch_size
     judged = (rounds + 1) * planned.judged
@@ -507,5 +507,5 @@ def seconds_by_stage(
     if result.logp is not None:
         seconds["log-probabilities"] = result.logp.of(compared, 0) / times
     if result.train is not None:
-        seconds["training"] = result.train.of(rounds * planned.steps * batch, rounds)
+        seconds["training"] = result.train.of(rounds * planned.steps * batch / training_times, rounds)
     return seconds

@@ -1,4 +1,4 @@
-"""How a run's chunks are shared among its workers, and what that makes of time and memory."""
+"""How a run's chunks are shared among workers and its training among processes: what that makes of time and memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from raftune.config.run import RunConfig
 from raftune.engines.local import visible_gpus
-from raftune.policies.footprint import RoundAmounts
+from raftune.policies.footprint import ADAM, Footprint, RoundAmounts
+from raftune.runtime.distributed import process_count
 from raftune.sanitize import counted, megabytes
 
 
@@ -17,6 +18,7 @@ class Sharing:
     """`chunks` of a round go to `workers`; `at_once` of these compute at the same time without sharing a GPU or cores.
 
     `elsewhere`: on hardware that this process does not see. `gpus`: those that it sees; 0 where the policy is on a CPU.
+    `processes` train together, in the way `parallel`.
     """
 
     kind: str
@@ -25,6 +27,8 @@ class Sharing:
     at_once: int
     gpus: int
     elsewhere: bool
+    processes: int
+    parallel: str
 
     @classmethod
     def of(cls, config: RunConfig, planned: RoundAmounts, device: str) -> Sharing:
@@ -34,12 +38,31 @@ class Sharing:
         elsewhere = engine.kind != "local" or bool(engine.launch)
         gpus = len(visible_gpus()) if device.startswith("cuda") else 0
         here = engine.workers if elsewhere else gpus or max(1, cores // engine.threads)
-        return Sharing(engine.kind, engine.workers, chunks, min(engine.workers, here), gpus, elsewhere)
+        at_once, training = min(engine.workers, here), config.training
+        return Sharing(
+            engine.kind, engine.workers, chunks, at_once, gpus, elsewhere, process_count(config), training.parallel
+        )
 
     @property
     def times(self) -> float:
         """How many times as fast as one worker they are at best: all wait for the last chunk."""
         return self.chunks / math.ceil(self.chunks / min(self.at_once, self.chunks))
+
+    @property
+    def training_times(self) -> int:
+        """How many times as fast as one process all of them train at best: on a CPU they share the cores."""
+        return self.processes if self.gpus else 1
+
+    def describe_training(self, peak: int | None, model: Footprint) -> str:
+        """In words; `peak`: bytes at which one process alone would train, where they are known."""
+        holds = "each with a shard of the model" if self.parallel == "fsdp" else "each with the whole model"
+        words = f"{counted(self.processes, 'process')} ({self.parallel}), {holds}"
+        if peak is None:
+            return words
+        if self.parallel == "fsdp":
+            peak -= int((model.held + model.saved * (1 + ADAM)) * (1 - 1 / self.processes))
+        total, holder = (peak, "a GPU") if self.gpus else (peak * self.processes, "all together")
+        return f"{words}; training, {holder}: {megabytes(max(0, total))} at most"
 
     def describe(self, peak: int | None) -> str:
         """In words; `peak`: bytes that one worker takes to generate, where they are known."""

@@ -97,6 +97,11 @@ class Footprint:
         return ""
 
     @property
+    def held(self) -> int:
+        """Bytes of the weights in memory."""
+        return 0
+
+    @property
     def saved(self) -> int:
         """Bytes of a round's saved model."""
         return 0

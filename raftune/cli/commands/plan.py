@@ -98,6 +98,8 @@ def lines(config: RunConfig, forecast: Forecast) -> list[tuple[str, str]]:
         words.append(("memory", forecast.memory.describe()))
     if (sharing := forecast.sharing).workers > 1:
         words.append(("workers", sharing.describe(peaks.run_drawing if peaks is not None else None)))
+    if sharing.processes > 1 and config.num_rounds:
+        words.append(("training", sharing.describe_training(peaks.run_tuning if peaks else None, forecast.model)))
     if probe is not None and probe.generation:
         words.append(("generation", probe.generation))
     if forecast.seconds is not None:

@@ -85,6 +85,10 @@ class PipelineSize(Footprint):
         )
 
     @property
+    def held(self) -> int:
+        return self.parameters * BYTES[self.dtype]
+
+    @property
     def saved(self) -> int:
         """Bytes of what a round writes: its LoRA in float32, or the whole denoiser."""
         return self.trained * BYTES[self.dtype if self.trained == self.parameters else "float32"]
@@ -121,7 +125,7 @@ class PipelineSize(Footprint):
 
     def memory(self, config: RunConfig, longest_prompt: int = 0, rows: int = 0) -> ImageMemory:
         copies = 1 + ADAM + (config.training.diffusion.ema_decay is not None)
-        return ImageMemory(self.parameters * BYTES[self.dtype], self.frozen, self.saved * copies)
+        return ImageMemory(self.held, self.frozen, self.saved * copies)
 
     def sample_bytes(self, config: RunConfig, planned: RoundAmounts, sample: float | None) -> tuple[int, int]:
         each = self.height * self.width * PNG if sample is None else sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from raftune.config.load import merge, validate
 from raftune.planning.forecast import amounts
 from raftune.planning.sharing import Sharing
+from raftune.policies.causal_lm.footprint import ModelFootprint
 
 CORES = os.cpu_count() or 1
 
@@ -38,6 +40,20 @@ def test_workers_here_are_no_faster_than_there_are_cores() -> None:
 def test_memory_is_that_of_all_workers_here_and_of_one_elsewhere() -> None:
     assert shared(CORES, 1).describe(10**9).endswith(f"generating, all together: {CORES}.0 GB")
     assert "generating, a worker: 1.0 GB" in shared(4, 1, launch=["srun"]).describe(10**9)
+
+
+def test_shards_hold_their_part_of_weights_gradients_and_moments() -> None:
+    model = ModelFootprint("Llama", 1000, 1000, "float32", 4, 64, 4, 100, 128, "cpu")
+    changes = {"training": {"processes": 2, "parallel": "fsdp"}}
+    config = validate(merge([{"data": {"prompts": "p"}, "policy": {"model": "m"}}, changes]))
+    sharded = Sharing.of(config, amounts(config, 64, 4), "cpu")
+    whole = replace(sharded, parallel="ddp")
+    assert whole.describe_training(20_000, model).endswith(
+        "each with the whole model; training, all together: 40.0 kB at most"
+    )
+    on_gpus = replace(sharded, gpus=2)
+    assert on_gpus.describe_training(20_000, model).endswith("a shard of the model; training, a GPU: 12.0 kB at most")
+    assert (on_gpus.training_times, sharded.training_times) == (2, 1)
 
 
 def test_idle_workers_and_shared_cores_are_noted_with_the_fix() -> None:
