@@ -187,7 +187,13 @@ class Launched:
         # What `accelerate launch` sets would configure transformers' Trainer; the configuration alone decides.
         for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
             del os.environ[name]
-        connect(self.rank, self.world, local_rank)
+        try:
+            connect(self.rank, self.world, local_rank)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK say that a launcher began {self.world} processes; they did not meet "
+                f"({first_words(error)}). Start all of them with MASTER_ADDR and MASTER_PORT set, or unset these three."
+            ) from error
         self.group: Any = distributed.new_group(backend="gloo", timeout=WAITING)
 
     def broadcast(self, order: Any = None) -> Any:

@@ -111,6 +111,20 @@ def test_shards_need_several_processes_and_weights_that_can_be_cut() -> None:
     assert "fp16" in words
 
 
+def test_variables_of_a_launcher_without_a_meeting_place_are_an_error_that_names_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    words = r"a launcher began 2 processes; they did not meet \(.*MASTER_ADDR.*Start all of them with MASTER_ADDR and"
+    with pytest.raises(ConfigError, match=words), distributed.launched(config({})):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with distributed.launched(config({})):
+        assert distributed.launched_processes() == Processes()
+
+
 @pytest.mark.parametrize("processes", [0, -1, "all"])
 def test_processes_are_counted_from_one(processes: Any) -> None:
     with pytest.raises(ConfigError, match=r"training\.processes"):
