@@ -74,9 +74,7 @@ class CompletionsServer:
 
         url = self.url.removesuffix("/v1") + path.removeprefix("..") if path.startswith("..") else self.url + path
         try:
-            with httpx2.Client(
-                timeout=timeout or self.timeout, trust_env=not is_local(self.url), headers=self.headers
-            ) as http:
+            with httpx2.Client(timeout=timeout or self.timeout, **self.options) as http:
                 response = http.request(method, url, json=body)
         except httpx2.TimeoutException:
             raise ServerLost(f"{self.shown} gave no answer within {timeout or self.timeout:g} s") from None
@@ -91,8 +89,12 @@ class CompletionsServer:
             return None
 
     @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+    def options(self) -> dict[str, Any]:
+        """The options of an HTTP client for this server."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        # Proxies of the environment are for the world outside; a server on this machine is asked directly. Certificates
+        # are read only where there are some: that takes as long as a few completions.
+        return {"headers": headers, "trust_env": not is_local(self.url), "verify": self.url.startswith("https:")}
 
     @property
     def shown(self) -> str:
@@ -175,10 +177,7 @@ async def _complete_all(
             mine = [number for number, (at, _) in requests.items() if at == place]
             workers = min(server.concurrency, len(mine))
             limits = httpx2.Limits(max_connections=workers, max_keepalive_connections=workers)
-            # Proxies of the environment are for the world outside; a server on this machine is asked directly.
-            client = httpx2.AsyncClient(
-                timeout=None, limits=limits, trust_env=not is_local(server.url), headers=server.headers
-            )
+            client = httpx2.AsyncClient(timeout=None, limits=limits, **server.options)
             await clients.enter_async_context(client)
             queue = iter(mine)
             for _ in range(workers):

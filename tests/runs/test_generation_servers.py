@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from raftune.config import validate
 from raftune.errors import ConfigError, EngineError
+from raftune.planning import forecast
 from raftune.runtime.run import resume, run, verify
 from raftune.stages.parity import generation_words
 from tests.builders import Killed, save_tiny
@@ -159,6 +161,16 @@ def test_another_model_behind_the_address_and_another_version_are_named_when_a_r
     service.fault = ""
     record = tmp_path / "round-0000/parity/backend.json"
     assert json.loads(record.read_text())["server"]["version"] == "1.2.3"
+
+
+@pytest.mark.slow
+def test_a_plan_asks_a_server_for_its_models_only(tmp_path: Path, llama: Path, server: Server) -> None:
+    url, service = server
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "say {word}"}}\n' for word in "abcdefghijkl"))
+    rewards = {"reward_funcs": [{"spec": "length", "options": {"target": 5}}]}
+    planned = validate(served(tmp_path / "run", llama, url, data={"prompts": str(prompts)}, rewards=rewards))
+    assert "not started to plan" in str(forecast(planned)) and service.requests == 0
 
 
 def test_a_family_that_generates_in_its_own_way_has_no_server(tmp_path: Path) -> None:

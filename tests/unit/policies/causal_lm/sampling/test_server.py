@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,33 @@ def test_auto_takes_raftunes_own_generation_without_a_gpu_and_says_why(llama: Pa
     config.sampling = SamplingConfig()
     found = servers_of(config, llama, tmp_path)
     assert found is not None and found.chosen() == (False, "not vLLM: no GPU is used")
+
+
+def python_with_vllm(folder: Path, version: str) -> str:
+    """An interpreter in whose environment vLLM seems to be installed in this version."""
+    info = folder / "site" / f"vllm-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (folder / "site" / "vllm.py").write_text("raise SystemExit('nothing of vLLM is loaded')")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder}/site exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_auto_takes_vllm_where_it_is_installed_and_a_gpu_is_there(llama: Path, tmp_path: Path) -> None:
+    def chosen(version: str, planning: bool = False) -> tuple[bool, str]:
+        config = configured(llama, kind="auto", python=python_with_vllm(tmp_path / f"{version}-{planning}", version))
+        found = servers_of(config, llama, tmp_path)
+        assert found is not None and found.own is not None
+        found.own.cuda, found.against, found.planning = True, "", planning
+        return found.chosen()
+
+    assert chosen("0.11.0") == (True, "vLLM 0.11.0 is installed and a GPU is there")
+    taken, why = chosen("0.11.0", planning=True)
+    assert not taken and why.startswith("vLLM generates in the run, and is not started to plan")
+    taken, why = chosen("0.9.2")
+    assert not taken and why.startswith("not vLLM: vLLM in the environment of ") and "0.10.2 or later" in why
 
 
 def test_where_a_server_is_and_how_it_is_asked_does_not_enter_a_run_s_keys() -> None:
