@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from raftune.report import collect, pictures, write_report
+from raftune.report import collect, write_report
+from raftune.report import images as report_images
 from raftune.report.overview import overview
 from raftune.runtime.run import run
 from raftune.store.commit import MARKER, with_hash
@@ -103,7 +104,7 @@ def test_more_images_than_the_page_may_hold_are_left_out_and_counted(
 ) -> None:
     whole = collect(finished).document
     size = sum(len(picture["src"]) for picture in whole["images"].values())
-    monkeypatch.setattr(pictures, "MOST_BYTES", size // 2)
+    monkeypatch.setattr(report_images, "MOST_BYTES", size // 2)
     part = collect(finished).document
     assert sum(len(picture["src"]) for picture in part["images"].values()) <= size // 2
     assert part["prompts"]["shown"] < part["prompts"]["of"] == whole["prompts"]["shown"]
@@ -159,7 +160,7 @@ def test_without_pillow_large_images_are_named_as_missing_and_small_ones_are_sho
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert collect(finished).document["missing"] == []
-    monkeypatch.setattr(pictures, "PIXELATED", 4)
+    monkeypatch.setattr(report_images, "PIXELATED", 4)
     document = collect(finished).document
     (line,) = document["missing"]
     assert line.startswith("the page: images larger than 4 pixels cannot be shown")

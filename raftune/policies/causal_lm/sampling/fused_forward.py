@@ -56,7 +56,7 @@ class FusedForward:
             ]
 
     def reserve(self, end: int) -> None:
-        """Makes rotary tables for positions below `end`. (No more: some models change their frequencies beyond.)"""
+        """Makes rotary tables for positions below `end` only: some models change their frequencies beyond."""
         if len(self._cos) < end:
             weight = self._base.embed_tokens.weight
             tables = self._base.rotary_emb(weight, torch.arange(end, device=weight.device)[None])
