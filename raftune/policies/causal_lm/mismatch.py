@@ -22,7 +22,8 @@ from raftune.policies.causal_lm.loading import evaluating
 from raftune.policies.causal_lm.weight_probe import LIMITS, LIMITS_IN_HALF, read_probe
 from raftune.records import TOOLS, Prompt
 
-ROWS, TOKENS = 16, 4096  # of a sample, at most; of tokens, prompts included, unless one row alone has more
+# Of a sample: one of so many rows, but at least and at most so many; tokens at most, unless one row alone has more.
+ONE_OF, FEWEST, MOST, TOKENS = 8, 4, 16, 4096
 AT_ONCE = 4  # rows of a batch
 
 
@@ -52,7 +53,8 @@ def recorded_rows(path: Path, encoder: TextEncoder, folder: Path) -> list[Record
     marks = file.read(["origin", "source"])
     own = pc.and_(pc.equal(marks["origin"], f"round-{round_:04d}"), pc.equal(marks["source"], "policy"))
     rows = np.flatnonzero(own.to_numpy(zero_copy_only=False))
-    rows = rows[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(ROWS, len(rows))).astype(np.int64))]
+    count = min(len(rows), max(FEWEST, min(MOST, len(rows) // ONE_OF)))
+    rows = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)] if count else rows
     names = ["sample_id", "prompt_id", "prompt", "completion_ids", "completion_logprobs"]
     names += [name for name in (TOOLS,) if name in file.schema_arrow.names]
     found, first = [], 0
