@@ -99,6 +99,7 @@ class RoundMonitor:
             distances = by_group(prompt_numbers(generated)[rows], small_ND, rms_distance)
             of_generated |= {"pixel_distance": finite_mean(distances)} | image_measures(control)
             of_kept |= image_measures(kept)
+        of_generated |= {f"mismatch_{name}": inputs.mismatch.get(name) for name in ("mean", "p99")}
         return {
             name: {measure: value for measure, value in result.items() if value is not None}
             for name, result in (("generated", of_generated), ("selected", of_kept))

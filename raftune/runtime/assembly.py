@@ -7,7 +7,6 @@ import gc
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +188,8 @@ class Runtime:
         """The stages of a round in their order; round 0 evaluates the initial model."""
         if not round_:
             return [*self._start_stages(), *self._evaluation_stages(0)]
-        guard = self._guard_stage(round_) if self.config.guards.enabled else None
-        stages = [*self._training_stages(round_, guard), *self._evaluation_stages(round_)]
-        return stages if guard is None else [*stages, guard]
+        guard = [self._guard_stage(round_)] if self.config.guards.enabled else []
+        return [*self._training_stages(round_), *self._evaluation_stages(round_), *guard]
 
     def stage(self, round_: int, name: str) -> Stage:
         return next(stage for stage in self.stages(round_) if stage.name == name)
@@ -234,7 +232,7 @@ class Runtime:
             stages.append(ParityStage(self.policies, release, self.drops, options=shaping(sampling)))
         return stages
 
-    def _training_stages(self, round_: int, guard: GuardStage | None) -> list[Stage]:
+    def _training_stages(self, round_: int) -> list[Stage]:
         config, sampling, shards = self.config, self.config.sampling, self._shards
         stages: list[Stage] = [
             PlanStage(config, round_, self.drops),
@@ -249,10 +247,7 @@ class Runtime:
         limit = config.rewards.max_failure_fraction
         stages.append(SelectStage(config.selection, seed=config.seed, round_=round_, shards=shards, max_failures=limit))
         stages.append(GatherStage(self.policies, config.training, seed=config.seed, round_=round_, shards=shards))
-        samples = {name: self.run.folder(round_, name) for name in (*shards, "score", "select")}
-        meanwhile = contextlib.nullcontext if guard is None else partial(guard.measuring, samples)
-        work = self.run.folder(round_, "train")
-        stages.append(TrainStage(self.policies, config.training, work, self._train(), meanwhile))
+        stages.append(TrainStage(self.policies, config.training, self.run.folder(round_, "train"), self._train()))
         return stages
 
     def _train(self) -> Callable[[Path, Path, Path, Path], Result] | None:

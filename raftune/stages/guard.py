@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ from raftune.stages.evaluate import plain
 from raftune.stages.select import clipped, contents, lengths, log_ratio, read_verdicts
 from raftune.store.committed import read_json
 from raftune.store.files import json_bytes
-from raftune.store.interruption import raise_if_asked
 from raftune.store.layout import chunk_file, chunk_numbers
 from raftune.store.parquet import column_names, read_table
 
@@ -58,52 +54,31 @@ class GuardStage(SingleStage):
         self.monitor, self.factors, self.round = monitor, factors, round_
         self.shards, self.judged, self.judge, self.texts = shards, judged, judge, texts
         self.condense, self.counts = condense, counts
-        self._ahead: Future[tuple[MonitorInput, dict[str, dict[str, Any]]]] | None = None
         self.fields = thresholds(pictures=condense is not None)
         now = tuple(f"evaluate/{name}" for name in ("score", *judged)) if judged else ()
         earlier = [f"evaluate/{name}@{r}" for r in range(round_) for name in ("score", "judge")] if judge else []
         self.reads = (*shards, "score", "select", "model", *now, *earlier, *(["guard@1"] if round_ > 1 else []))
 
-    @contextmanager
-    def measuring(self, inputs: StageInputs) -> Iterator[None]:
-        """Measures the samples, which are committed, in a thread while the block trains on them.
-
-        `run` takes the result or raises the error. Without this it measures itself, and writes the same.
-        """
-        factors = self.factors()  # of rewards that this thread loads, where they are not loaded
-        with ThreadPoolExecutor(1, "raftune guard") as thread:
-            self._ahead = thread.submit(self._measured, inputs, factors)
-            yield
-
-    def _measured(
-        self, inputs: StageInputs, factors: Mapping[str, float]
-    ) -> tuple[MonitorInput, dict[str, dict[str, Any]]]:
-        """The samples of the round, and the measures of them."""
-        verdicts = read_verdicts(inputs["select"] / "verdicts.parquet", _VERDICT)
-        samples = self.counts(pa.concat_tables(self._samples(inputs, chunk, table) for chunk, table in verdicts))
-        evidence = MonitorInput(self.round, samples, factors, None, (), self.judge, None)
-        return evidence, self.monitor.measures(evidence)
-
     def run(self, inputs: StageInputs, out: Path) -> None:
-        ahead, self._ahead = self._ahead, None
-        evidence, measures = self._measured(inputs, self.factors()) if ahead is None else ahead.result()
+        verdicts = read_verdicts(inputs["select"] / "verdicts.parquet", _VERDICT)
         training = read_json(inputs["model"] / "training.json")
-        mismatch = training["details"].get("mismatch", {})
-        measures["generated"] |= {f"mismatch_{name}": mismatch[name] for name in ("mean", "p99") if name in mismatch}
-        evidence = replace(
-            evidence,
+        evidence = MonitorInput(
+            round=self.round,
+            samples=self.counts(pa.concat_tables(self._samples(inputs, chunk, table) for chunk, table in verdicts)),
+            factors=self.factors(),
             held_out=_held_out(inputs, self.judged, texts=self.texts) if self.judged else None,
             earlier=[_held_out(inputs, ("judge",), r) for r in range(self.round)] if self.judge else [],
+            judge=self.judge,
             first=read_json(inputs["guard@1"] / "metrics.json")["generated"] if self.round > 1 else None,
             losses=training["losses"],
-            mismatch=mismatch,
+            mismatch=training["details"].get("mismatch", {}),
         )
+        measures = self.monitor.measures(evidence)
         (out / "metrics.json").write_bytes(json_bytes(plain(measures)))
         (out / "alarms.json").write_bytes(json_bytes(plain(self.monitor.alarms(evidence, measures))))
 
     def _samples(self, inputs: StageInputs, chunk: int, table: pa.Table) -> pa.Table:
         """A chunk's verdicts with the rewards and what is known of the completions: numbers of all, texts of few."""
-        raise_if_asked()  # a thread is not interrupted
         scores = read_table(inputs["score"] / chunk_file(chunk))
         table = _beside(table, scores.select([name for name in scores.column_names if name.startswith("rewards/")]))
         paths = [inputs[name] / chunk_file(chunk) for name in self.shards]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,9 @@ class TrainStage(SingleStage):
         config: TrainingConfig,
         work: Path,
         train: Callable[[Path, Path, Path, Path], tuple[TrainReport, tuple[str, ...]]] | None = None,
-        meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """train(folder, rows, work, out): trains the policy of a folder elsewhere; None: in this process.
-
-        meanwhile: a block in which training runs, beside what does not need its result.
-        """
-        self.policies, self.config, self.train, self.meanwhile = policies, config, train, meanwhile
+        """train(folder, rows, work, out): trains the policy of a folder elsewhere; None: in this process."""
+        self.policies, self.config, self.train = policies, config, train
         self.work = self.scratch = work
         self.base = "model@-1" if config.start_from == "previous" else "model@0"
         self.reads = ("rows", *dict.fromkeys((self.base, "model@-1")))
@@ -69,25 +64,21 @@ class TrainStage(SingleStage):
                         shutil.copyfile(path, out / name)
             report = TrainReport(rows=0, steps=0, losses=(), details={NOTHING: why})
             notes: tuple[str, ...] = (f"{why}: the policy stays as it was",)
+        elif self.train is not None:
+            report, notes = self.train(inputs[self.base], rows, self.work, out)
         else:
-            with self.meanwhile():
-                report, notes = self._trained(inputs, rows, out)
+            self.work.mkdir(parents=True, exist_ok=True)
+            mismatch: Mapping[str, Any] = {}
+            if inputs[self.base] != inputs["model@-1"]:  # else it is measured where training loads its model
+                generator = self.policies.at(inputs["model@-1"])
+                mismatch = generator.mismatch(rows) if isinstance(generator, SupportsMismatch) else {}
+            policy = self.policies.fresh(inputs[self.base])
+            report = policy.train(rows, self.work, out)
+            if mismatch:
+                report = replace(report, details={**report.details, "mismatch": mismatch})
+            notes = policy.notes()
         dump_json(out / REPORT, asdict(report))
         return notes
-
-    def _trained(self, inputs: StageInputs, rows: Path, out: Path) -> tuple[TrainReport, tuple[str, ...]]:
-        if self.train is not None:
-            return self.train(inputs[self.base], rows, self.work, out)
-        self.work.mkdir(parents=True, exist_ok=True)
-        mismatch: Mapping[str, Any] = {}
-        if inputs[self.base] != inputs["model@-1"]:  # else it is measured where training loads its model
-            generator = self.policies.at(inputs["model@-1"])
-            mismatch = generator.mismatch(rows) if isinstance(generator, SupportsMismatch) else {}
-        policy = self.policies.fresh(inputs[self.base])
-        report = policy.train(rows, self.work, out)
-        if mismatch:
-            report = replace(report, details={**report.details, "mismatch": mismatch})
-        return report, policy.notes()
 
 
 def nothing_to_learn(rows: Path, masked: bool) -> str:

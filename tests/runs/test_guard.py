@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import threading
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,10 @@ from raftune.results.summary import alarms_of
 from raftune.runtime.assembly import PythonObjects
 from raftune.runtime.progress import Progress
 from raftune.runtime.run import resume, run, verify
-from raftune.stages.guard import GuardStage
-from raftune.stages.train import TrainStage
-from raftune.store import interruption
 from raftune.store.commit import Manifest, stage_key
 from raftune.store.run import RunFolder
 from tests.builders import tree_hash
 from tests.runs import tiny
-from tests.runs.kill import tree
 
 LABELS, ANSWERS, ROUNDS = 24, 6, 3
 
@@ -310,72 +304,3 @@ def test_a_run_without_guarded_rounds_says_how_to_get_them(copied: Path, capsys:
     without_guards(copied)
     assert main(["alarms", str(copied)]) == 2
     assert "--guards.enabled true" in capsys.readouterr().err
-
-
-def test_what_was_measured_during_training_is_what_the_guard_measures_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[str] = []
-    measured = GuardStage._measured
-
-    def noted(stage: GuardStage, *args: Any) -> Any:
-        threads.append(threading.current_thread().name)
-        return measured(stage, *args)
-
-    monkeypatch.setattr(GuardStage, "_measured", noted)
-    run(tiny.config(tmp_path / "ahead"), tiny.objects())
-    monkeypatch.setattr(GuardStage, "measuring", lambda stage, inputs: nullcontext())
-    run(tiny.config(tmp_path / "itself"), tiny.objects())
-    assert [name.startswith("raftune guard") for name in threads] == [True, True, False, False]
-    assert tree(tmp_path / "ahead") == tree(tmp_path / "itself")
-
-
-def test_an_error_of_the_measuring_thread_stops_the_run_where_the_guard_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(stage: GuardStage, *args: Any) -> Any:
-        raise RuntimeError("no measures")
-
-    root = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(GuardStage, "_measured", failing)
-        with pytest.raises(RuntimeError, match="no measures"):
-            run(tiny.config(root), tiny.objects())
-    folder = RunFolder(root)
-    assert folder.is_committed(1, "model") and folder.is_committed(1, "evaluate")
-    assert not folder.is_committed(1, "guard")
-    resume(root, objects=tiny.objects())
-    run(tiny.config(tmp_path / "at once"), tiny.objects())
-    assert tree(root) == tree(tmp_path / "at once")
-
-
-def test_an_interrupt_while_the_thread_measures_ends_it_and_leaves_the_run_resumable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, training = tmp_path / "run", threading.Event()
-    measured, ended = GuardStage._measured, []
-
-    def late(stage: GuardStage, *args: Any) -> Any:
-        assert training.wait(60)
-        try:
-            return measured(stage, *args)
-        except KeyboardInterrupt:
-            ended.append(stage.round)
-            raise
-
-    def stopped(*args: Any) -> Any:
-        interruption.ask_to_stop()
-        training.set()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GuardStage, "_measured", late)
-        patch.setattr(TrainStage, "_trained", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny.config(root), tiny.objects())
-    interruption.forget()
-    assert ended == [1]
-    assert not any(thread.name.startswith("raftune guard") for thread in threading.enumerate())
-    resume(root, objects=tiny.objects())
-    run(tiny.config(tmp_path / "at once"), tiny.objects())
-    assert tree(root) == tree(tmp_path / "at once")
