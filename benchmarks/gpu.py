@@ -330,7 +330,7 @@ def generate_part(size: Size, rows: Rows, work: Path, name: str) -> None:
     pairs = zip(prompts, groups, strict=True)
     examples = [TokenizedCompletion.of(prompt, completion.ids) for prompt, group in pairs for completion in group]
     plain = count * size.new_tokens / seconds_of(lambda: log_probs(model, examples, 32, PAD))
-    if path == "forked":
+    if path in ("fused", "forked"):
         shared = count * size.new_tokens / seconds_of(lambda: prefix_log_probs(model, examples, 32))
         rows.add(Row("log-probabilities of completions", "tok/s", shared, {"row by row": plain}))
     else:

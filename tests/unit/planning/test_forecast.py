@@ -234,7 +234,7 @@ def test_a_probe_of_little_time_tries_less_and_says_what_it_extrapolated(
 
     monkeypatch.setattr(LengthReward, "__call__", slow)
     told: list[str] = []
-    sampling = {"num_generations": 16, "max_completion_length": 100}
+    sampling = {"num_generations": 16, "max_completion_length": 100, "backend": "hf_generate"}
     began = time.monotonic()
     found = planned(folder, measured=True, seconds=6.0, tell=told.append, sampling=sampling)
     assert time.monotonic() - began < 12
