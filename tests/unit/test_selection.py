@@ -198,6 +198,7 @@ def test_the_cap_of_a_prompt_frees_its_places_for_others() -> None:
     assert kept(choose(table, rule="top_fraction", keep_fraction=1, max_per_prompt=1)) == [0, 4, 6]
 
 
+@pytest.mark.slow
 def test_ties_at_the_cut_are_broken_by_seed_and_all_alike() -> None:
     # 6 candidates tie for 2 places; each prompt holds 3, so E[places of the second] = 1 with variance 2·½·½·4/5 = 0.4.
     # 4000 seeds: standard error 0.01; five of them are a false alarm of 6e-7.
@@ -248,6 +249,7 @@ def test_softmax_survives_any_scores_and_temperature() -> None:
     assert words(choose(table, rule="softmax", temperature=1))[4] == "weight too small to represent"
 
 
+@pytest.mark.slow
 def test_the_control_keeps_m_of_each_prompt_with_equal_chances_whatever_they_score() -> None:
     # Each of 4 candidates is kept with probability ½. 4000 seeds: standard error 0.0079, five of them 0.04.
     table = prompts([9, 1, 1, 0, NAN], [3])

@@ -40,6 +40,7 @@ def pixels(model: Path, folder: Path, family: type[Diffusion] = Diffusion, **opt
     return np.stack([np.asarray(Image.open(io.BytesIO(s.completion)), dtype=np.float64) for s in samples])
 
 
+@pytest.mark.slow
 def test_a_vae_in_slices_or_tiles_gives_the_same_images_below_the_size_of_a_tile(sd: Path, tmp_path: Path) -> None:
     plain = pixels(sd, tmp_path / "plain")
     for option in ("vae_slicing", "vae_tiling"):
